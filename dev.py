@@ -4,11 +4,9 @@ Needs nothing but Python and a package index: it builds `.venv` beside this file
 again when the requirements change.
 """
 
-from __future__ import annotations
-
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036
+if sys.version_info < (3, 11):  # noqa: UP036 - this file is read by any Python 3 that is there
     sys.exit("celery-durable needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])  # noqa: UP031
 
 import contextlib
@@ -166,7 +164,7 @@ def download_pip() -> bytes:
         with urllib.request.urlopen(index, timeout=60, context=context) as answer:
             page = answer.read().decode()
         # An index answers in HTML or, some of them, in JSON.
-        link = re.search(r"""(?:href=|"url":\s*)["']([^"'#]*/?%s)""" % re.escape(PIP_WHEEL), page)
+        link = re.search(r"""(?:href=|"url":\s*)["']([^"'#]*""" + re.escape(PIP_WHEEL) + ")", page)
         if link is None:
             sys.exit(f"the package index has no {PIP_WHEEL}; install pip for this Python and try again")
         url = urllib.parse.urljoin(index, link[1])
