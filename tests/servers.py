@@ -35,8 +35,8 @@ NO_SETTINGS: Mapping[str, str] = {}
 # Polling the parent's id, unlike waiting for a pipe to close, is not fooled by a forked child of the
 # parent that still holds the pipe, and unlike PR_SET_PDEATHSIG it works on macOS and from any thread.
 GUARD = """
-import os, signal, sys, time
-parent, server, gentle = map(int, sys.argv[1:])
+import os, shutil, signal, sys, time
+parent, server, gentle = map(int, sys.argv[1:4])
 while os.getppid() == parent:
     time.sleep(0.1)
 try:
@@ -47,6 +47,8 @@ try:
     os.killpg(server, signal.SIGKILL)
 except ProcessLookupError:
     pass
+for litter in sys.argv[4:]:
+    shutil.rmtree(litter, ignore_errors=True)
 """
 
 
@@ -74,6 +76,7 @@ class Process:
         cwd: Path,
         env: Mapping[str, str],
         user: int | None = None,
+        litter: Path | None = None,
     ) -> None:
         with log.open("ab") as output:
             self._child = subprocess.Popen(
@@ -89,6 +92,7 @@ class Process:
         self.pid = self._child.pid
         self._gentle = gentle
         guard = [sys.executable, "-IS", "-c", GUARD, str(os.getpid()), str(self.pid), str(int(gentle))]
+        guard += [str(litter)] if litter else []
         self._guard = subprocess.Popen(guard, start_new_session=True, stdin=subprocess.DEVNULL)
 
     def is_alive(self) -> bool:
@@ -223,6 +227,7 @@ def postgres(directory: Path, *, settings: Mapping[str, str] = NO_SETTINGS) -> S
     command = [str(bin_ / "postgres"), "-D", str(data), "-p", str(port)]
     for key, value in options.items():
         command += ["-c", f"{key}={value}"]
+    litter = home if home != directory else None
     url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
     version = subprocess.run([bin_ / "postgres", "--version"], capture_output=True, text=True).stdout.split()[
         2
@@ -232,9 +237,11 @@ def postgres(directory: Path, *, settings: Mapping[str, str] = NO_SETTINGS) -> S
         url.replace("postgresql:", "postgresql+psycopg:"),
         log=log,
         # SIGINT is PostgreSQL's fast shutdown: it rolls back and disconnects whoever is there.
-        spawn=lambda: Process(command, log=log, gentle=signal.SIGINT, cwd=home, env=env, user=user),
+        spawn=lambda: Process(
+            command, log=log, gentle=signal.SIGINT, cwd=home, env=env, user=user, litter=litter
+        ),
         ping=lambda: psycopg.connect(url, connect_timeout=5).close(),
-        cleanup=lambda: shutil.rmtree(home, ignore_errors=True) if home != directory else None,
+        cleanup=lambda: shutil.rmtree(litter, ignore_errors=True) if litter else None,
     ).wait()
 
 
