@@ -1,0 +1,1 @@
+"""Integrations that a project opts into."""

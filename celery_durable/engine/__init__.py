@@ -1,0 +1,1 @@
+"""Replay of recorded steps; knows neither Celery nor SQL."""

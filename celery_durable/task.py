@@ -1,0 +1,269 @@
+"""The task class of durable tasks, and the decorator that makes them.
+
+A durable task is a Celery task: it is sent, routed, retried and revoked as one. What differs is that its
+run is stored before its message is sent, and that a wait gives the worker back.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from types import CodeType
+from typing import Any, Literal, cast
+
+from celery import Celery, Task, shared_task
+from celery.canvas import Signature as TaskSignature
+from celery.utils.time import maybe_make_aware
+from kombu import Producer
+from kombu.exceptions import OperationalError
+from kombu.utils.uuid import uuid
+
+from celery_durable import activation
+from celery_durable.codec import Signature, checked
+from celery_durable.engine import context
+from celery_durable.engine.context import Context
+from celery_durable.engine.outcome import Suspended
+from celery_durable.errors import DurableError, UsageError
+from celery_durable.handle import RunHandle
+from celery_durable.messages.dispatch import StoringProducer
+from celery_durable.messages.envelope import Envelope
+from celery_durable.retry import RetryPolicy
+from celery_durable.runtime import Runtime
+from celery_durable.store import runs
+from celery_durable.store.runs import NewRun
+from celery_durable.worker.control import MARK
+
+OnDivergence = Literal["ignore", "warn", "fail"]
+
+
+class DurableTask(Task):  # type: ignore[misc]
+    """Base class of durable tasks: `app.task(base=DurableTask)`.
+
+    A task of this class may set `retry_policy` (given as the option `retry`), `version` and
+    `on_divergence`; the settings hold where it does not.
+    """
+
+    abstract = True
+    Request = "celery_durable.worker.request:DurableRequest"
+    acks_late = True
+    reject_on_worker_lost = True
+    #: Celery would write STARTED before a repeated message is recognised, over a final state.
+    track_started = False
+
+    retry_policy: RetryPolicy | None = None
+    version: str | None = None
+    on_divergence: OnDivergence | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        given = cls.__dict__.get("retry")
+        if isinstance(given, RetryPolicy):  # the option's name is that of a method
+            cls.retry_policy = given
+            del cls.retry
+
+    # -- what the task is ----------------------------------------------------------------------------
+
+    @property
+    def runtime(self) -> Runtime:
+        """The store and the settings of the app that this task belongs to."""
+        durable = getattr(self.app, "durable", None)
+        if durable is None:
+            raise UsageError(f"task {self.name!r} is durable but its app {self.app.main!r} is not; call Durable(app) first")
+        return cast(Runtime, durable.runtime)
+
+    @functools.cached_property
+    def parameters(self) -> Signature:
+        """The declared parameters and result."""
+        return Signature(self.run, self.name)
+
+    @functools.cached_property
+    def policy(self) -> RetryPolicy:
+        """The retry policy of the run's own attempts."""
+        if self.retry_policy is not None:
+            return self.retry_policy
+        # Celery's autoretry works through Task.retry, which becomes a durable timer; twice would be once too often.
+        return RetryPolicy.none() if getattr(self, "autoretry_for", ()) else self.runtime.settings.retry
+
+    @functools.cached_property
+    def code_version(self) -> str:
+        """The version of the code: as set, or a fingerprint of the task's function."""
+        return self.version or self.runtime.settings.version or _fingerprint_of(getattr(self, "_orig_run", self.run))
+
+    # -- start ---------------------------------------------------------------------------------------
+
+    def apply_async(
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        task_id: str | None = None,
+        producer: Producer | None = None,
+        *positional: Any,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        tags: Sequence[str] = (),
+        **options: Any,
+    ) -> RunHandle:
+        """Store a run and send its message; takes every option of Celery's `apply_async`.
+
+        `countdown` and `eta` become a timer in the store. When the broker is away the call succeeds and the
+        message follows later.
+
+        Raises:
+            PayloadError: when an argument does not fit its annotation; nothing was stored.
+            StoreUnavailable: when the store does not answer; nothing was stored, or the call can be repeated
+                under the same `task_id`.
+        """
+        if self.app.conf.task_always_eager:
+            return cast(RunHandle, super().apply_async(args, kwargs, task_id, producer, *positional, **options))
+        sent_args, sent_kwargs = self.parameters.dump(args or (), kwargs or {})
+        task_id = task_id or uuid()
+        store = functools.partial(self._store, task_id, _start_time(self.app, eta), countdown or 0, tuple(tags), options)
+        options["headers"] = {**(options.get("headers") or {}), MARK: True}
+        with self.app.producer_or_acquire(producer) as sender:
+            storing = StoringProducer(sender, task_id, store)
+            try:
+                return cast(
+                    RunHandle, super().apply_async(sent_args, sent_kwargs, task_id, storing, *positional, **options)
+                )
+            except OperationalError as error:  # Celery takes ours for the broker's where it can
+                raise error.__cause__ if isinstance(error.__cause__, DurableError) else error from error.__cause__
+
+    def _store(
+        self,
+        task_id: str,
+        eta: datetime | None,
+        countdown: float,
+        tags: tuple[str, ...],
+        options: dict[str, Any],
+        envelope: Envelope,
+    ) -> bool:
+        runtime = self.runtime
+        checked(envelope.body, f"the input of {self.name}", runtime.settings.max_payload)
+        is_delayed = eta is not None or countdown > 0
+        new = NewRun(
+            id=task_id,
+            task=self.name,
+            envelope=envelope.to_text(),
+            queue=envelope.queue or envelope.routing_key,
+            version=self.code_version,
+            group_id=envelope.headers.get("group"),
+            parent_id=envelope.headers.get("parent_id"),
+            root_id=envelope.headers.get("root_id"),
+            tags=json.dumps(tags) if tags else None,
+        )
+        due_in = timedelta(seconds=countdown) if is_delayed else runtime.settings.sweep_interval
+        is_new = runtime.execute(
+            lambda conn: runs.start(conn, new, due_in=due_in, due_at=eta, delayed=is_delayed)
+        )
+        return is_new and not is_delayed
+
+    def AsyncResult(self, task_id: str, **options: Any) -> RunHandle:  # noqa: N802 - Celery's name
+        """Return the handle of a run of this task."""
+        return RunHandle(
+            task_id,
+            runtime=self.runtime,
+            codec=self.parameters.result,
+            **{"app": self._get_app(), "backend": self.backend, "task_name": self.name, **options},
+        )
+
+    # -- execute -------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Execute the run of the current request; called directly, it is the plain function."""
+        request = self.request
+        if request.called_directly:
+            return super().__call__(*args, **kwargs)
+        if request.is_eager:
+            return activation.run_eagerly(self, request, args, kwargs)
+        return activation.activate(self, request, args, kwargs)
+
+    def on_retry(self, exc: Exception, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        """Commit the suspension, now that Celery has stored RETRY."""
+        activation.commit_suspension(self, self.request)
+        super().on_retry(exc, task_id, args, kwargs, einfo)
+
+    def signature_from_request(
+        self, request: Any = None, args: Any = None, kwargs: Any = None, queue: Any = None, **options: Any
+    ) -> TaskSignature:
+        """Return what Celery's `retry` sends; inside a run, sending it suspends the run instead."""
+        signature = super().signature_from_request(request, args, kwargs, queue, **options)
+        run = context.current()
+        if run is None or run.run_id != self.request.id:
+            return signature
+        changed = None if args is None and kwargs is None else (list(signature.args), dict(signature.kwargs))
+        return _Deferred(signature, self.app, run, changed)
+
+    def on_replace(self, sig: TaskSignature) -> Any:
+        """Forget this run, whose id now belongs to the task that replaces it."""
+        run = context.current()
+        if run is not None and not self.request.is_eager:
+            runtime = self.runtime
+            runtime.execute(lambda conn: runs.replace(conn, run.run_id, epoch=run.epoch, who=runtime.worker))
+        return super().on_replace(sig)
+
+
+class _Deferred(TaskSignature):  # type: ignore[misc]
+    """The signature of Celery's own retry: a timer in the store instead of a message."""
+
+    def __init__(self, signature: TaskSignature, app: Celery, run: Context, changed: tuple[Any, Any] | None) -> None:
+        super().__init__(signature, app=app)
+        self.__dict__["run_and_arguments"] = (run, changed)
+
+    def apply_async(self, *args: Any, **options: Any) -> None:
+        """Note when the next attempt is due and with which arguments."""
+        run, changed = self.__dict__["run_and_arguments"]
+        eta, countdown = self.options.get("eta"), self.options.get("countdown") or 0
+        run.stop(
+            Suspended(
+                move="back_off",
+                why=f"retry {self.options.get('retries')} was asked for",
+                due_in=None if eta else timedelta(seconds=countdown),
+                due_at=_start_time(self.app, eta),
+                next_attempt=True,
+                arguments=changed,
+            )
+        )
+
+
+def durable_task(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    retry: RetryPolicy | None = None,
+    version: str | None = None,
+    on_divergence: OnDivergence | None = None,
+    **options: Any,
+) -> Any:
+    """Make a function a durable task of whatever app is current, as Celery's `shared_task` does.
+
+    Args:
+        retry: the policy of the run's own attempts; the setting `durable_retry` unless given.
+        version: the version of this task's code; a fingerprint of the function unless set here or for the app.
+        on_divergence: what happens when code and record differ; the setting `durable_on_divergence` unless given.
+        options: every option of a Celery task.
+    """
+    if function is None:
+        return functools.partial(durable_task, retry=retry, version=version, on_divergence=on_divergence, **options)
+    given = {"retry_policy": retry, "version": version, "on_divergence": on_divergence}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return shared_task(**{"base": DurableTask, **chosen, **options})(function)
+
+
+def _start_time(app: Celery, eta: datetime | None) -> datetime | None:
+    return None if eta is None else maybe_make_aware(eta, tz=app.timezone)
+
+
+def _fingerprint_of(function: Callable[..., Any]) -> str:
+    digest = hashlib.blake2b(digest_size=6)
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    for part in _parts(code) if code is not None else [repr(function)]:
+        digest.update(part.encode())
+    return digest.hexdigest()
+
+
+def _parts(code: CodeType) -> list[str]:
+    parts = [code.co_code.hex(), repr(code.co_names)]
+    for constant in code.co_consts:
+        parts += _parts(constant) if isinstance(constant, CodeType) else [repr(constant)]
+    return parts

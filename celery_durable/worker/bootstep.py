@@ -1,0 +1,261 @@
+"""The thread in the worker's main process that keeps leases, makes passes and carries out notes.
+
+It renews the leases of the runs that are really active here, and of no others, so that a run whose
+suspension or finish could not be committed is taken up again. Only this thread talks to the store.
+"""
+
+import logging
+import os
+import queue
+import random
+import threading
+import time
+import uuid
+from typing import Any
+
+from billiard.exceptions import TimeLimitExceeded
+from celery import Celery, bootsteps, signals
+
+from celery_durable.codec import dump_error
+from celery_durable.errors import DurableError, StoreUnavailable
+from celery_durable.messages import dispatch
+from celery_durable.runtime import Runtime
+from celery_durable.states import RunState
+from celery_durable.store import runs, schema, workers
+from celery_durable.worker import request
+from celery_durable.worker.request import (
+    Deferred,
+    Delivered,
+    DueIn,
+    Note,
+    Orphaned,
+    RevokeAsked,
+    Revoked,
+    TimedOut,
+)
+from celery_durable.worker.sweeper import sweep
+
+logger = logging.getLogger(__name__)
+
+_LOOK_AT_PROCESSES = 0.5
+_LINGER = 0.1
+_SHORTEST = 0.02
+
+
+class Keeper(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Celery's handle on the thread."""
+
+    label = "Durable"
+    # After the pool, because a thread must not run while the pool forks.
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._runtime: Runtime = worker.app.durable.runtime
+        # Before the fork, so that the pool's processes know whose they are.
+        self._runtime.worker = f"{worker.hostname}/{uuid.uuid4().hex[:8]}"
+        self._runtime.is_worker = True
+        self._thread: KeeperThread | None = None
+
+    def create(self, worker: Any) -> Any:
+        """Return what Celery starts and stops: this step."""
+        pool = worker.pool_cls if isinstance(worker.pool_cls, str) else worker.pool_cls.__module__
+        if "eventlet" in pool:
+            raise SystemExit("durable tasks do not run on the eventlet pool, whose database driver blocks; use gevent")
+        return self
+
+    def start(self, worker: Any) -> None:
+        """Check the store and start the thread."""
+        try:
+            self._runtime.database.once(schema.check)
+        except DurableError as error:
+            raise SystemExit(f"durable: {error}") from None
+        signals.worker_shutting_down.connect(self._on_shutting_down)
+        signals.worker_shutdown.connect(self._on_shutdown)
+        self._thread = KeeperThread(worker.app, self._runtime, worker.hostname)
+        self._thread.start()
+
+    def stop(self, worker: Any) -> None:
+        """Do nothing: the pool stops after this step, and its runs need their leases until then."""
+
+    terminate = stop
+
+    def info(self, worker: Any) -> dict[str, Any]:
+        """Return what `celery inspect stats` shows."""
+        return {"durable": {"worker": self._runtime.worker, "passes": self._thread.passes if self._thread else 0}}
+
+    def _on_shutting_down(self, **_: Any) -> None:
+        self._runtime.drain()
+
+    def _on_shutdown(self, **_: Any) -> None:
+        if self._thread is not None:
+            self._thread.finish()
+
+
+class KeeperThread(threading.Thread):
+    """Waits for notes and for the next moment at which something is to be done."""
+
+    def __init__(self, app: Celery, runtime: Runtime, hostname: str) -> None:
+        super().__init__(name="durable-keeper", daemon=True)
+        self.passes = 0
+        self._workers = 1
+        self._app = app
+        self._runtime = runtime
+        self._hostname = hostname
+        self._producer: Any = None
+        self._notes: list[Note] = []
+        self._stopping = threading.Event()
+        self._next_pass = 0.0
+        self._next_renewal = 0.0
+        self._trusted_from = 0.0
+        self._main = os.getpid()
+
+    def run(self) -> None:
+        """Keep going until the worker has stopped."""
+        while not self._stopping.is_set():
+            try:
+                self._wait()
+                self._carry_out_notes()
+                self._look_after_processes()
+                if time.monotonic() >= self._next_renewal:
+                    self._renew()
+                if time.monotonic() >= self._next_pass:
+                    self._pass()
+            except StoreUnavailable as error:
+                logger.warning("the store is away; leases are not judged until all workers could renew theirs: %s", error)
+                self._trusted_from = time.monotonic() + self._lease
+                self._next_renewal = 0.0
+                self._stopping.wait(random.uniform(0.5, 1.0))  # noqa: S311
+            except Exception:
+                logger.exception("a pass over the store failed; the next one tries again")
+                self._next_pass = time.monotonic() + self._interval
+                self._stopping.wait(1.0)
+
+    def finish(self) -> None:
+        """Carry out what is left, check out and end."""
+        self._stopping.set()
+        request.notes.put(DueIn(0.0))
+        self.join(5)
+        try:
+            self._take_notes(block=0.0)
+            self._carry_out_notes()
+            self._runtime.database.once(lambda conn: workers.check_out(conn, self._runtime.worker))
+        except DurableError as error:
+            logger.warning("the worker left without checking out: %s", error)
+
+    @property
+    def _lease(self) -> float:
+        return self._runtime.settings.lease.total_seconds()
+
+    @property
+    def _interval(self) -> float:
+        return self._runtime.settings.sweep_interval.total_seconds()
+
+    def _wait(self) -> None:
+        now = time.monotonic()
+        until = self._next_pass - now
+        if request.held():
+            until = min(until, self._next_renewal - now, _LOOK_AT_PROCESSES)
+        if self._notes:
+            until = min(until, _LINGER)
+        self._take_notes(block=max(until, 0.0))
+
+    def _take_notes(self, *, block: float) -> None:
+        try:
+            self._notes.append(request.notes.get(timeout=block) if block > 0 else request.notes.get_nowait())
+            while not isinstance(self._notes[-1], Orphaned):
+                more = _LINGER if block > 0 and isinstance(self._notes[-1], Delivered) and len(self._notes) == 1 else 0
+                self._notes.append(request.notes.get(timeout=more) if more else request.notes.get_nowait())
+        except queue.Empty:
+            pass
+
+    def _carry_out_notes(self) -> None:
+        """Carry out what the event loop has left; what fails stays for the next time."""
+        database, worker = self._runtime.database, self._runtime.worker
+        finished = [note.run_id for note in self._notes if isinstance(note, Delivered)]
+        if finished:
+            database.once(lambda conn: runs.delivered(conn, finished, worker=worker))
+            self._notes = [note for note in self._notes if not isinstance(note, Delivered)]
+        while self._notes:
+            self._carry_out(self._notes[0])
+            self._notes.pop(0)
+
+    def _carry_out(self, note: Note) -> None:
+        database, worker = self._runtime.database, self._runtime.worker
+        match note:
+            case Orphaned(run_id, process):
+                database.once(lambda conn: runs.expire_lease(conn, run_id, worker=worker, process=process))
+                self._next_pass = 0.0
+            case DueIn(seconds):
+                self._next_pass = min(self._next_pass, time.monotonic() + seconds + _SHORTEST)
+            case TimedOut(run_id, limit):
+                error = TimeLimitExceeded(limit)
+                why = f"the time limit of {limit:g} seconds was exceeded"
+                database.once(lambda conn: runs.time_out(conn, run_id, worker=worker, error=dump_error(error), why=why))
+            case Revoked(run_id, expired):
+                database.once(lambda conn: runs.discard(conn, run_id, who=worker, expired=expired))
+            case RevokeAsked(run_ids):
+                for asked in run_ids:
+                    self._cancel(asked)
+            case Deferred(run_id):
+                logger.warning("run %s is of a task that this worker does not know; it is left to another", run_id)
+            case Delivered():
+                pass
+
+    def _cancel(self, run_id: str) -> None:
+        resend = self._runtime.settings.sweep_interval
+        move = self._runtime.database.once(
+            lambda conn: runs.cancel(conn, run_id, who=self._runtime.worker, why="revoked", resend=resend)
+        )
+        if move is RunState.CANCELLED:
+            dispatch.send_stored(self._app, self._runtime, [run_id], self._sender())
+
+    def _look_after_processes(self) -> None:
+        for held in request.held():
+            process = held.worker_process
+            if process is not None and process != self._main and request.is_dead(process):
+                request.notes.put(Orphaned(held.id, process))
+                held.worker_process = None  # said once
+
+    def _renew(self) -> None:
+        active = [held.id for held in request.held()]
+        if active:
+            self._runtime.database.once(
+                lambda conn: runs.renew(
+                    conn, active, worker=self._runtime.worker, lease=self._runtime.settings.lease
+                )
+            )
+        self._next_renewal = time.monotonic() + self._lease / 3
+
+    def _pass(self) -> None:
+        outlook = self._check_in()
+        self._workers = outlook.workers
+        is_due = outlook.next_due is not None and outlook.next_due <= 0
+        moved = 0
+        if is_due:
+            trust = time.monotonic() >= self._trusted_from
+            moved = sweep(self._app, self._runtime, self._sender(), trust_leases=trust)
+        self.passes += 1
+        # With N workers each makes every Nth pass, and whoever looked last knows what is due until the next.
+        turn = self._interval * outlook.workers * random.uniform(0.9, 1.0)  # noqa: S311
+        soon = turn if outlook.next_due is None else outlook.next_due
+        if is_due:
+            soon = _SHORTEST if moved else self._interval
+        self._next_pass = time.monotonic() + max(_SHORTEST, min(turn, soon))
+
+    def _check_in(self) -> workers.Outlook:
+        settings = self._runtime.settings
+        return self._runtime.database.once(
+            lambda conn: workers.check_in(
+                conn, self._runtime.worker, self._hostname, seen_for=settings.sweep_interval * 1.5 * (self._workers + 1)
+            )
+        )
+
+    def _sender(self) -> Any:
+        """Return this thread's own producer; the app's pool belongs to the event loop."""
+        if self._producer is None or not self._producer.connection.connected:
+            connection = self._app.connection_for_write()
+            self._producer = self._app.amqp.Producer(connection, auto_declare=False)
+        return self._producer
+
+

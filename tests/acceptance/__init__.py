@@ -1,0 +1,1 @@
+"""Real brokers, real worker processes, kill -9."""
