@@ -220,11 +220,11 @@ def _finish(task: Task, context: Context, move: str, **values: Any) -> None:
 def _deliver_again(task: Task, request: Any, claim: Claim) -> Any:
     """Hand an outcome to Celery whose first delivery may have been cut short."""
     database = task.runtime.database
-    if claim.state is RunState.SUCCEEDED and not request.ignore_result:
-        # Callbacks go out before the result is stored, so a stored result means that all is done.
-        if task.backend.get_state(request.id) == states.SUCCESS:
-            database.patiently(lambda conn: runs.delivered(conn, [request.id], worker=task.runtime.worker))
-            raise Ignore(f"the result of run {request.id} is stored already")
+    # Callbacks go out before the result is stored, so a stored result means that all is done.
+    is_stored = claim.state is RunState.SUCCEEDED and not request.ignore_result
+    if is_stored and task.backend.get_state(request.id) == states.SUCCESS:
+        database.patiently(lambda conn: runs.delivered(conn, [request.id], worker=task.runtime.worker))
+        raise Ignore(f"the result of run {request.id} is stored already")
     result, error = database.patiently(lambda conn: runs.outcome_of(conn, request.id))
     if claim.state is RunState.SUCCEEDED:
         return json.loads(result or "null")

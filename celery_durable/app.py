@@ -1,5 +1,6 @@
 """Installs durable tasks into a Celery app."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from celery import Celery
@@ -107,11 +108,11 @@ class Runs:
         database = self._durable.runtime.database
         return database.once(lambda conn: queries.latest(conn, task=task, state=state, limit=limit))
 
-    def steps(self, run_id: str) -> "list[StepRecord]":
+    def steps(self, run_id: str) -> Sequence[StepRecord]:
         """Return the records of a run."""
         return self.handle(run_id).steps
 
-    def history(self, run_id: str) -> "list[HistoryEntry]":
+    def history(self, run_id: str) -> Sequence[HistoryEntry]:
         """Return every move of a run."""
         return self.handle(run_id).history
 
@@ -127,9 +128,7 @@ class Runs:
         """
         runtime = self._durable.runtime
         interval = runtime.settings.sweep_interval
-        moved = runtime.database.once(
-            lambda conn: runs.retry(conn, run_id, who="operator", why=why, resend=interval)
-        )
+        moved = runtime.database.once(lambda conn: runs.retry(conn, run_id, who="operator", why=why, resend=interval))
         if moved:
             dispatch.send_stored(self._durable.app, runtime, [run_id])
         return moved

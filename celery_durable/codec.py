@@ -86,7 +86,7 @@ def checked(text: str, label: str, max_bytes: int) -> str:
         raise PayloadError(f"{label} holds half of a surrogate pair, which is no text; replace it") from None
     if size > max_bytes:
         raise PayloadError(
-            f"{label} is {size:,} bytes, over durable_max_payload ({max_bytes:,}); store it elsewhere and pass its address"
+            f"{label} is {size:,} bytes, over durable_max_payload ({max_bytes:,}); store its address instead"
         )
     return text
 
@@ -239,7 +239,9 @@ def _refuse_untyped(value: Any, label: str) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise PayloadError(f"{label} has the key {key!r}; JSON has text keys only, annotate its type to keep it")
+                raise PayloadError(
+                    f"{label} has the key {key!r}; JSON has text keys only, annotate its type to keep it"
+                )
             _refuse_untyped(item, label)
     elif isinstance(value, list | tuple):
         for item in value:

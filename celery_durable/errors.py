@@ -117,5 +117,5 @@ class LeaseLostError(DurableError):
         return f"run {self.run_id} is no longer held under epoch {self.epoch}; another worker goes on with it"
 
 
-class Waiting(Exception):  # noqa: N818 - never raised by this package
+class Waiting(Exception):
     """What Celery shows as the reason of the state RETRY while a run waits; nobody raises it."""

@@ -37,7 +37,9 @@ class RunHandle(AsyncResult):  # type: ignore[misc]
         """
         found = self._store.database.once(lambda conn: queries.get(conn, self.id))
         if found is None:
-            raise UsageError(f"no run has the id {self.id!r}; either it was deleted or its first message has not come yet")
+            raise UsageError(
+                f"no run has the id {self.id!r}; either it was deleted or its first message has not come yet"
+            )
         return found
 
     @property
@@ -68,5 +70,7 @@ class RunHandle(AsyncResult):  # type: ignore[misc]
     @property
     def _store(self) -> Runtime:
         if self._runtime is None:
-            raise UsageError(f"the handle of run {self.id!r} has no app; take it from the task or from app.durable.runs")
+            raise UsageError(
+                f"the handle of run {self.id!r} has no app; take it from the task or from app.durable.runs"
+            )
         return self._runtime

@@ -135,7 +135,7 @@ class RetryPolicy:
             return None if chosen is None else _as_delay(chosen)
         grown = self.min_delay + self.step * (attempt - 1) if self.step is not None else self._grown(attempt)
         seconds = min(self.max_delay, grown)
-        return timedelta(seconds=random.uniform(seconds / 2, seconds) if self.jitter else seconds)  # noqa: S311
+        return timedelta(seconds=random.uniform(seconds / 2, seconds) if self.jitter else seconds)
 
     def _grown(self, attempt: int) -> float:
         try:

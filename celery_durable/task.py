@@ -69,7 +69,9 @@ class DurableTask(Task):  # type: ignore[misc]
         """The store and the settings of the app that this task belongs to."""
         durable = getattr(self.app, "durable", None)
         if durable is None:
-            raise UsageError(f"task {self.name!r} is durable but its app {self.app.main!r} is not; call Durable(app) first")
+            raise UsageError(
+                f"task {self.name!r} is durable but its app {self.app.main!r} is not; call Durable(app) first"
+            )
         return cast(Runtime, durable.runtime)
 
     @functools.cached_property
@@ -88,7 +90,11 @@ class DurableTask(Task):  # type: ignore[misc]
     @functools.cached_property
     def code_version(self) -> str:
         """The version of the code: as set, or a fingerprint of the task's function."""
-        return self.version or self.runtime.settings.version or _fingerprint_of(getattr(self, "_orig_run", self.run))
+        return (
+            self.version
+            or self.runtime.settings.version
+            or _fingerprint_of(cast(Any, getattr(self, "_orig_run", self.run)))
+        )
 
     # -- start ---------------------------------------------------------------------------------------
 
@@ -118,7 +124,9 @@ class DurableTask(Task):  # type: ignore[misc]
             return cast(RunHandle, super().apply_async(args, kwargs, task_id, producer, *positional, **options))
         sent_args, sent_kwargs = self.parameters.dump(args or (), kwargs or {})
         task_id = task_id or uuid()
-        store = functools.partial(self._store, task_id, _start_time(self.app, eta), countdown or 0, tuple(tags), options)
+        store = functools.partial(
+            self._store, task_id, _start_time(self.app, eta), countdown or 0, tuple(tags), options
+        )
         options["headers"] = {**(options.get("headers") or {}), MARK: True}
         with self.app.producer_or_acquire(producer) as sender:
             storing = StoringProducer(sender, task_id, store)
@@ -153,12 +161,10 @@ class DurableTask(Task):  # type: ignore[misc]
             tags=json.dumps(tags) if tags else None,
         )
         due_in = timedelta(seconds=countdown) if is_delayed else runtime.settings.sweep_interval
-        is_new = runtime.execute(
-            lambda conn: runs.start(conn, new, due_in=due_in, due_at=eta, delayed=is_delayed)
-        )
+        is_new = runtime.execute(lambda conn: runs.start(conn, new, due_in=due_in, due_at=eta, delayed=is_delayed))
         return is_new and not is_delayed
 
-    def AsyncResult(self, task_id: str, **options: Any) -> RunHandle:  # noqa: N802 - Celery's name
+    def AsyncResult(self, task_id: str, **options: Any) -> RunHandle:
         """Return the handle of a run of this task."""
         return RunHandle(
             task_id,

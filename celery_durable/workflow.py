@@ -29,7 +29,9 @@ _ANSWER = Codec("patched()", bool)
 
 
 @overload
-def step(function: Callable[P, R], /, *, name: str | None = None, retry: RetryPolicy | None = None) -> Callable[P, R]: ...
+def step(
+    function: Callable[P, R], /, *, name: str | None = None, retry: RetryPolicy | None = None
+) -> Callable[P, R]: ...
 
 
 @overload
@@ -86,9 +88,10 @@ def sleep(duration: float | timedelta) -> None:
         UsageError: for a negative duration, or outside a durable task.
     """
     run = _required("sleep")
-    if not isinstance(duration, timedelta | int | float) or isinstance(duration, bool):
-        raise UsageError(f"sleep expects seconds or a timedelta, got: {duration!r}")
-    seconds = duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
+    try:
+        seconds = duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
+    except (TypeError, ValueError):
+        raise UsageError(f"sleep expects seconds or a timedelta, got: {duration!r}") from None
     if not 0 <= seconds <= timedelta.max.total_seconds():
         raise UsageError(f"sleep expects 0 seconds or more, got: {duration!r}")
     until = datetime.now(UTC) + timedelta(seconds=min(seconds, 10**9))
@@ -102,8 +105,10 @@ def sleep_until(at: datetime) -> None:
         UsageError: for a naive datetime, or outside a durable task.
     """
     run = _required("sleep_until")
-    if not isinstance(at, datetime) or at.tzinfo is None or at.utcoffset() is None:
-        raise UsageError(f"sleep_until expects an aware datetime, got: {at!r}; give it a tzinfo, datetime.UTC for example")
+    if getattr(at, "tzinfo", None) is None:
+        raise UsageError(
+            f"sleep_until expects an aware datetime, got: {at!r}; give it a tzinfo, datetime.UTC for example"
+        )
     run.sleep(until=at.astimezone(UTC), why=f"sleeping until {at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC")
 
 

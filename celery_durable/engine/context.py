@@ -220,7 +220,9 @@ class Context:
         if self.ended is not None:
             raise Suspend
         if self.step_key is not None:
-            raise UsageError(f"{name} was called inside step {self.step_key!r}; only the body of a durable task can wait")
+            raise UsageError(
+                f"{name} was called inside step {self.step_key!r}; only the body of a durable task can wait"
+            )
         if self._cancel_requested and not self._cancel_raised:
             self._cancel_raised = True
             raise RunCancelled(f"run {self.run_id} was cancelled")

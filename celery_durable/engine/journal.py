@@ -32,7 +32,8 @@ class Journal:
         known = self._identities.setdefault(name, identity)
         if known != identity:
             raise ConflictError(
-                f"the step name {name!r} is used by two functions, {known} and {identity}; give one of them another name"
+                f"the step name {name!r} is used by two functions, {known} and {identity}; "
+                "give one of them another name"
             )
         self._occurrences[name] += 1
         count = self._occurrences[name]

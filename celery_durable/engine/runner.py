@@ -42,7 +42,9 @@ def _decide(context: Context, error: Exception) -> Outcome:
     if isinstance(error, StoreUnavailable):
         why = f"the store did not answer: {error}"
         return Suspended(move="back_off", why=why, due_in=timedelta(seconds=1), error=error)
-    delay = None if isinstance(error, PayloadError) else context.rules.retry.next_delay(context.attempt_of_budget, error)
+    delay = (
+        None if isinstance(error, PayloadError) else context.rules.retry.next_delay(context.attempt_of_budget, error)
+    )
     if delay is None:
         return Failed(error, _code_of(context, error))
     why = f"attempt {context.attempt} failed: {type(error).__name__}: {error}"

@@ -16,7 +16,16 @@ from kombu.utils import json
 _ONCE = frozenset({"eta", "expires", "compression", "redelivered"})
 #: Headers that brokers add; they hold values that are no JSON.
 _FROM_BROKER = ("x-death", "x-first-death", "x-last-death", "x-delivery-count")
-_KEPT_PROPERTIES = ("reply_to", "correlation_id", "priority", "delivery_mode", "user_id", "app_id", "type", "message_id")
+_KEPT_PROPERTIES = (
+    "reply_to",
+    "correlation_id",
+    "priority",
+    "delivery_mode",
+    "user_id",
+    "app_id",
+    "type",
+    "message_id",
+)
 _BODY_PARTS = ("callbacks", "errbacks", "chain", "chord")
 
 
@@ -125,4 +134,3 @@ def _packed(text: str | bytes) -> dict[str, Any]:
 
 def _name(exchange: Any) -> str:
     return str(getattr(exchange, "name", exchange) or "")
-

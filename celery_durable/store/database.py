@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -20,15 +20,17 @@ from sqlalchemy.engine import URL, Connection, Dialect, Engine, Row, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql import ColumnElement, Executable
+from sqlalchemy.sql import Executable
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import FromClause
 
 from celery_durable.errors import DurableError, SchemaError, SettingsError, StoreUnavailable
 
+__all__ = ["Connection", "Database", "Instant", "Together", "bind", "given", "now", "per_dialect", "rows_as_json"]
+__all__ += ["seconds_until"]
+
 T = TypeVar("T")
-P = ParamSpec("P")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _SQLITE_FORMAT = "%Y-%m-%d %H:%M:%f000"  # as SQLAlchemy and Django write instants
@@ -41,29 +43,31 @@ class Instant(sa.types.TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Give SQLite the instant in UTC."""
         if value is None or dialect.name != "sqlite":
             return value
         return value.astimezone(UTC).replace(tzinfo=None)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Say that what SQLite kept was UTC."""
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
 
 
-class now(FunctionElement[datetime]):  # noqa: N801 - reads as SQL
+class now(FunctionElement[datetime]):
     """The store's clock; with an argument, that many seconds later."""
 
     inherit_cache = True
     type = Instant()
 
 
-class seconds_until(FunctionElement[float]):  # noqa: N801
+class seconds_until(FunctionElement[float]):
     """How many seconds an instant lies ahead of the store's clock; negative when it has passed."""
 
     inherit_cache = True
     type = sa.Float()
 
 
-class rows_as_json(FunctionElement[str]):  # noqa: N801
+class rows_as_json(FunctionElement[str]):
     """An aggregate: the given columns of all rows as the text of one JSON array of arrays, or null."""
 
     inherit_cache = True
@@ -105,17 +109,17 @@ def _rows_sqlite(element: rows_as_json, compiler: Any, **options: Any) -> str:
     return f"json_group_array(json_array({compiler.process(element.clauses, **options)}))"
 
 
-def per_dialect(build: Callable[Concatenate[Callable[[sa.Table], Any], P], T]) -> Callable[Concatenate[Connection, P], T]:
-    """Build a statement once per dialect; `build` is handed that dialect's `insert`."""
+def per_dialect(build: Callable[..., T]) -> Callable[..., T]:
+    """Build a statement once per dialect; `build` is handed that dialect's `insert`, callers hand a connection."""
     inserts = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
 
     @functools.cache
-    def built(dialect: str, *args: Any, **kwargs: Any) -> Any:
-        return build(inserts[dialect], *args, **kwargs)  # type: ignore[arg-type]
+    def built(dialect: str, *args: Any) -> T:
+        return build(inserts[dialect], *args)
 
     @functools.wraps(build)
-    def choose(conn: Connection, *args: P.args, **kwargs: P.kwargs) -> T:
-        return built(conn.dialect.name, *args, **kwargs)  # type: ignore[no-any-return]
+    def choose(conn: Connection, *args: Any) -> T:
+        return built(conn.dialect.name, *args)
 
     return choose
 
@@ -235,7 +239,7 @@ class Database:
             except StoreUnavailable:
                 if give_up():
                     raise
-            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311
+            time.sleep(random.uniform(pause / 2, pause))
             pause = min(_LONGEST_PAUSE, pause * 2)
 
     def atomically(self, operation: Callable[[Connection], T]) -> T:
@@ -276,7 +280,9 @@ class Database:
         if state in ("42P01", "3F000") or "no such table" in first_line:
             return SchemaError(f"the store {where} has no tables yet; run: celery -A <app> durable migrate")
         if state == "42703" or "no such column" in first_line:
-            return SchemaError(f"the tables of {where} are older than this release; run: celery -A <app> durable migrate")
+            return SchemaError(
+                f"the tables of {where} are older than this release; run: celery -A <app> durable migrate"
+            )
         if isinstance(error, PoolTimeout) or _is_outage(error, state):
             return StoreUnavailable(f"the store {where} does not answer: {first_line}")
         return error
@@ -300,7 +306,9 @@ def _parsed(url: str | URL) -> URL:
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername not in ("postgresql+psycopg", "sqlite", "sqlite+pysqlite"):
-        raise SettingsError(f"expected durable_store_url as postgresql://… or sqlite:///…, got: {parsed.drivername}://…")
+        raise SettingsError(
+            f"expected durable_store_url as postgresql://… or sqlite:///…, got: {parsed.drivername}://…"
+        )
     return parsed
 
 
@@ -313,5 +321,3 @@ def _set_up_sqlite(connection: Any, record: Any) -> None:
 def _begin_immediate(conn: Connection) -> None:
     # A deferred transaction that turns into a writer fails at once when another writer was faster.
     conn.exec_driver_sql("BEGIN IMMEDIATE")
-
-

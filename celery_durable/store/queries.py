@@ -75,9 +75,7 @@ def get(conn: Connection, run_id: str) -> Run | None:
     return next(iter(_runs(conn, _RUNS.where(run.c.id == run_id))), None)
 
 
-def latest(
-    conn: Connection, *, task: str | None = None, state: str | None = None, limit: int = 50
-) -> list[Run]:
+def latest(conn: Connection, *, task: str | None = None, state: str | None = None, limit: int = 50) -> list[Run]:
     """Return the runs that were created last, the newest first."""
     chosen = _RUNS.order_by(run.c.created_at.desc()).limit(limit)
     if task is not None:

@@ -101,7 +101,8 @@ def _start(insert: Any) -> Together:
         id=_RUN_ID, task=bind("task"), state=bind("state"), due_at=_DUE, queue=bind("queue"), version=bind("version")
     )
     return Together(
-        first.on_conflict_do_nothing(index_elements=[run.c.id]).returning(run.c.id), [_keep_message(insert, first_only=False)]
+        first.on_conflict_do_nothing(index_elements=[run.c.id]).returning(run.c.id),
+        [_keep_message(insert, first_only=False)],
     )
 
 
@@ -337,9 +338,7 @@ def renew(conn: Connection, run_ids: Sequence[str], *, worker: str, lease: timed
 
 _RENEW = (
     sa.update(run)
-    .where(
-        run.c.id.in_(bind("ids", expanding=True)), run.c.worker == bind("worker"), run.c.due_at.is_not(None)
-    )
+    .where(run.c.id.in_(bind("ids", expanding=True)), run.c.worker == bind("worker"), run.c.due_at.is_not(None))
     .values(due_at=_later("lease"))
 )
 
@@ -535,9 +534,7 @@ def _owned(move: str, **values: Any) -> Any:
     return _moved(move, run.c.id == _RUN_ID, run.c.epoch == _EPOCH, run.c.state == RunState.RUNNING, **values)
 
 
-def _note(
-    what: str, *, who: Any = None, why: Any = None, version: Any = None
-) -> Callable[[FromClause], UpdateBase]:
+def _note(what: str, *, who: Any = None, why: Any = None, version: Any = None) -> Callable[[FromClause], UpdateBase]:
     """Return the insert of the history row of a move."""
 
     def make(moved: FromClause) -> UpdateBase:
@@ -569,9 +566,7 @@ _SEND_AGAIN = (
         worker=None,
         due_at=now(
             bind("resend", sa.Float)
-            * sa.literal(1).bitwise_lshift(
-                sa.case((run.c.sends < _MOST_DOUBLINGS, run.c.sends), else_=_MOST_DOUBLINGS)
-            )
+            * sa.literal(1).bitwise_lshift(sa.case((run.c.sends < _MOST_DOUBLINGS, run.c.sends), else_=_MOST_DOUBLINGS))
         ),
     )
     .returning(run.c.id)
@@ -623,5 +618,3 @@ _RETRY = Together(
     ),
     [_note("retry", why=bind("why"))],
 )
-
-

@@ -106,5 +106,3 @@ def _wait_for_others(conn: Connection) -> None:
 
 def _too_new(version: str | None) -> str:
     return f"the tables are of version {version}, which this release does not know; upgrade celery-durable"
-
-

@@ -145,9 +145,7 @@ def insert_from(insert: Any) -> Callable[[Any, Any], Any]:
     """Return a function that builds the insert of one record for the run that a select yields."""
 
     def build(source: sa.Select[Any], epoch: Any) -> Any:
-        wake_at = sa.func.coalesce(
-            bind("wake_at", Instant), now(bind("wake_in", sa.Float)), type_=Instant
-        )
+        wake_at = sa.func.coalesce(bind("wake_at", Instant), now(bind("wake_in", sa.Float)), type_=Instant)
         columns: dict[str, Any] = {
             "key": bind("key"),
             "seq": bind("seq", sa.Integer),

@@ -50,7 +50,9 @@ run = Table(
     CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in RunState)})", name="durable_run_state"),
     postgresql_with={"fillfactor": 80},
 )
-Index("durable_run_due", run.c.due_at, postgresql_where=run.c.due_at.is_not(None), sqlite_where=run.c.due_at.is_not(None))
+Index(
+    "durable_run_due", run.c.due_at, postgresql_where=run.c.due_at.is_not(None), sqlite_where=run.c.due_at.is_not(None)
+)
 
 message = Table(
     "durable_message",

@@ -122,10 +122,12 @@ class KeeperThread(threading.Thread):
                 if time.monotonic() >= self._next_pass:
                     self._pass()
             except StoreUnavailable as error:
-                logger.warning("the store is away; leases are not judged until all workers could renew theirs: %s", error)
+                logger.warning(
+                    "the store is away; leases are not judged until all workers could renew theirs: %s", error
+                )
                 self._trusted_from = time.monotonic() + self._lease
                 self._next_renewal = 0.0
-                self._stopping.wait(random.uniform(0.5, 1.0))  # noqa: S311
+                self._stopping.wait(random.uniform(0.5, 1.0))
             except Exception:
                 logger.exception("a pass over the store failed; the next one tries again")
                 self._next_pass = time.monotonic() + self._interval
@@ -221,9 +223,7 @@ class KeeperThread(threading.Thread):
         active = [held.id for held in request.held()]
         if active:
             self._runtime.database.once(
-                lambda conn: runs.renew(
-                    conn, active, worker=self._runtime.worker, lease=self._runtime.settings.lease
-                )
+                lambda conn: runs.renew(conn, active, worker=self._runtime.worker, lease=self._runtime.settings.lease)
             )
         self._next_renewal = time.monotonic() + self._lease / 3
 
@@ -237,7 +237,7 @@ class KeeperThread(threading.Thread):
             moved = sweep(self._app, self._runtime, self._sender(), trust_leases=trust)
         self.passes += 1
         # With N workers each makes every Nth pass, and whoever looked last knows what is due until the next.
-        turn = self._interval * outlook.workers * random.uniform(0.9, 1.0)  # noqa: S311
+        turn = self._interval * outlook.workers * random.uniform(0.9, 1.0)
         soon = turn if outlook.next_due is None else outlook.next_due
         if is_due:
             soon = _SHORTEST if moved else self._interval
@@ -257,5 +257,3 @@ class KeeperThread(threading.Thread):
             connection = self._app.connection_for_write()
             self._producer = self._app.amqp.Producer(connection, auto_declare=False)
         return self._producer
-
-

@@ -11,7 +11,7 @@ from celery import bootsteps, signals
 from celery.utils.functional import maybe_list
 from celery.worker.control import Panel
 
-from celery_durable.worker.request import Deferred, DurableRequest, Revoked, RevokeAsked, notes
+from celery_durable.worker.request import Deferred, DurableRequest, RevokeAsked, Revoked, notes
 
 logger = logging.getLogger(__name__)
 

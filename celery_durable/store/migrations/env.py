@@ -1,11 +1,13 @@
 """Runs the migrations on the connection that `store.schema` hands over."""
 
+from typing import Any
+
 from alembic import context
 
 from celery_durable.store.tables import metadata
 
 attributes = context.config.attributes
-options = {
+options: dict[str, Any] = {
     "target_metadata": metadata,
     "version_table": "durable_schema_version",
     "version_table_schema": attributes.get("schema"),

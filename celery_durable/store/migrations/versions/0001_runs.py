@@ -65,12 +65,19 @@ def upgrade() -> None:
         sa.Column("started_at", Instant),
         sa.Column("finished_at", Instant),
         sa.CheckConstraint(
-            "state IN ('pending', 'delayed', 'queued', 'running', 'waiting', 'retrying', 'succeeded', 'failed', 'cancelled', 'expired')",
+            "state IN ('pending', 'delayed', 'queued', 'running', 'waiting', 'retrying', "
+            "'succeeded', 'failed', 'cancelled', 'expired')",
             name="durable_run_state",
         ),
         postgresql_with={"fillfactor": 80},
     )
-    op.create_index("durable_run_due", "durable_run", ["due_at"], postgresql_where=sa.column("due_at").is_not(None), sqlite_where=sa.column("due_at").is_not(None))
+    op.create_index(
+        "durable_run_due",
+        "durable_run",
+        ["due_at"],
+        postgresql_where=sa.column("due_at").is_not(None),
+        sqlite_where=sa.column("due_at").is_not(None),
+    )
     op.create_table(
         "durable_step",
         sa.Column("run_id", sa.Text, primary_key=True),
