@@ -35,7 +35,7 @@ def settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return {
         # Not in the URL: kombu takes no import path from there.
         "broker_transport": "celery_durable.contrib.embedded:Transport",
-        "broker_url": "filesystem://",
+        "broker_url": f"filesystem://{folders['messages']}",
         "broker_transport_options": {
             "data_folder_in": str(folders["messages"]),
             "data_folder_out": str(folders["messages"]),
@@ -109,6 +109,8 @@ class Transport(filesystem.Transport):  # type: ignore[misc]
     """Kombu's transport over files with the safe channel; it looks for messages every 50 ms."""
 
     Channel = Channel
+    #: Or the URL, which is there to be shown, would be taken for a host and a virtual host.
+    can_parse_url = True
     polling_interval = 0.05
     #: What is declared, per directory: kombu's own one for all hides a binding that only another one has.
     _states: ClassVar[dict[str, BrokerState]] = {}
