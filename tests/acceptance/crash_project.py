@@ -2,7 +2,8 @@
 
 With TEST_CRASH_POINTS in the environment each boundary at which the worker has done, or is about to do,
 something for the run becomes a line of that file. With TEST_CRASH_AT=k as well, the process that
-reaches the k-th line dies there: itself alone (TEST_CRASH_WHOM=child) or with its whole worker.
+reaches the k-th line dies there with its whole worker; with TEST_CRASH_WHOM=child only boundaries of
+the pool's process count and it dies alone.
 """
 
 import functools
@@ -94,12 +95,15 @@ def successor(result: int) -> None:
 
 def point(label: str) -> None:
     """Count a boundary, and die if it is the chosen one."""
+    is_child_only = os.environ.get("TEST_CRASH_WHOM") == "child"
+    if is_child_only and _where() != "child":
+        return
     file = os.open(os.environ["TEST_CRASH_POINTS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.write(file, label[: _LINE - 1].ljust(_LINE - 1).encode() + b"\n")
     count = os.lseek(file, 0, os.SEEK_CUR) // _LINE
     os.close(file)
     if count == int(os.environ.get("TEST_CRASH_AT", "0")):
-        if os.environ.get("TEST_CRASH_WHOM") == "child":
+        if is_child_only:
             os.kill(os.getpid(), signal.SIGKILL)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
