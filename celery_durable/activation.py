@@ -100,7 +100,15 @@ def run_eagerly(task: Task, request: Any, args: Any, kwargs: Any) -> Any:
         Exception: what the body raised for good.
     """
     database = task.runtime.database
-    new = NewRun(id=request.id, task=task.name, envelope=_eager_envelope(task, request, args, kwargs).to_text())
+    args, kwargs = task.parameters.dump(args, kwargs)
+    new = NewRun(
+        id=request.id,
+        task=task.name,
+        envelope=_eager_envelope(task, request, args, kwargs).to_text(),
+        version=task.code_version,
+        parent_id=request.parent_id,
+        root_id=request.root_id,
+    )
     while True:
         claim = database.once(
             lambda conn: runs.claim(conn, new, worker=task.runtime.worker, process=os.getpid(), lease=timedelta(days=1))

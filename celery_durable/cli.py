@@ -8,6 +8,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -122,10 +123,19 @@ def _print(values: Iterable[Any], columns: tuple[str, ...], as_json: bool) -> No
     from rich.console import Console  # Celery imports this module at every start
     from rich.table import Table
 
-    table = Table(*columns, box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for name in columns:
+        table.add_column(name, no_wrap=name in ("id", "key"), overflow="fold")
     for value in values:
-        table.add_row(*("" if getattr(value, name) is None else str(getattr(value, name)) for name in columns))
-    Console().print(table)
+        table.add_row(*(_cell(getattr(value, name)) for name in columns))
+    # A pipe has no width; whoever reads it wants whole lines.
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, datetime):
+        return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+    return "" if value is None else str(value)
 
 
 def _plain(value: Any) -> dict[str, Any]:

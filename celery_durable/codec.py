@@ -68,8 +68,15 @@ class Codec:
             raise PayloadError(f"{self.label} was stored in another shape: {_first(error)}") from None
 
     def from_json(self, value: Any) -> Any:
-        """Return a JSON value, as a result backend keeps it, as the declared type."""
-        return value if self._adapter is None else self._adapter.validate_python(value)
+        """Return a JSON value, as a result backend keeps it, as the declared type.
+
+        Raises:
+            PayloadError: when it is a value of another shape.
+        """
+        try:
+            return value if self._adapter is None else self._adapter.validate_python(value)
+        except pydantic_core.ValidationError as error:
+            raise PayloadError(f"{self.label} has another shape: {_first(error)}") from None
 
 
 def checked(text: str, label: str, max_bytes: int) -> str:

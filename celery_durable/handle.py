@@ -5,7 +5,7 @@ from typing import Any
 from celery.result import AsyncResult
 
 from celery_durable.codec import Codec
-from celery_durable.errors import UsageError
+from celery_durable.errors import PayloadError, UsageError
 from celery_durable.messages import dispatch
 from celery_durable.runtime import Runtime
 from celery_durable.states import RunState
@@ -65,7 +65,12 @@ class RunHandle(AsyncResult):  # type: ignore[misc]
     def get(self, *args: Any, **options: Any) -> Any:
         """Wait for the result, as `AsyncResult.get` does, and return it as the type that the task declares."""
         value = super().get(*args, **options)
-        return value if self._codec is None or value is None else self._codec.from_json(value)
+        if self._codec is None or value is None:
+            return value
+        try:
+            return self._codec.from_json(value)
+        except PayloadError:
+            return value  # of a task that took this run's id by Celery's `replace`
 
     @property
     def _store(self) -> Runtime:

@@ -6,6 +6,7 @@ run is stored before its message is sent, and that a wait gives the worker back.
 
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -57,6 +58,8 @@ class DurableTask(Task):  # type: ignore[misc]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if inspect.iscoroutinefunction(inspect.unwrap(getattr(cls.run, "__func__", cls.run))):
+            raise UsageError(f"a durable task expects a plain function, got: the coroutine function {cls.__name__!r}")
         given = cls.__dict__.get("retry")
         if isinstance(given, RetryPolicy):  # the option's name is that of a method
             cls.retry_policy = given

@@ -145,9 +145,9 @@ class Context:
         why = f"attempt {failed.attempts} of {failed.key} failed: {type(error).__name__}: {error}"
         self._stop(Suspended(move="back_off", why=why, due_in=delay, record=failed, error=error))
 
-    def value(self, name: str, produce: Callable[[], Any], codec: Codec) -> Any:
+    def value(self, name: str, produce: Callable[[], Any], codec: Codec, *, is_gate: bool = False) -> Any:
         """Return the recorded value of `name`, or produce and record it."""
-        key, record = self._arrive(name, "value", "celery_durable", None)
+        key, record = self._arrive(name, "value", "celery_durable", None, is_gate=is_gate)
         if record is None:
             self._stop_if_draining()
             made = Record(
@@ -188,7 +188,7 @@ class Context:
 
     def is_past_gate(self, change_id: str, codec: Codec) -> bool:
         """Return whether the run went past this place before; see `patched`."""
-        return bool(self.value(f"patched:{change_id}", lambda: not self.journal.unvisited, codec))
+        return bool(self.value(f"patched:{change_id}", lambda: not self.journal.unvisited, codec, is_gate=True))
 
     def idempotency_key(self, scope: Literal["step", "run"]) -> str:
         """Return a key that is the same whenever this step, or this run, is executed."""
@@ -216,7 +216,9 @@ class Context:
         self.ended = outcome
         raise Suspend
 
-    def _arrive(self, name: str, kind: str, identity: str, print_: str | None) -> tuple[str, Record | None]:
+    def _arrive(
+        self, name: str, kind: str, identity: str, print_: str | None, *, is_gate: bool = False
+    ) -> tuple[str, Record | None]:
         if self.ended is not None:
             raise Suspend
         if self.step_key is not None:
@@ -228,7 +230,8 @@ class Context:
             raise RunCancelled(f"run {self.run_id} was cancelled")
         key = self.journal.next_key(name, identity)
         record = self.journal.visit(key)
-        difference = self.journal.difference(key, record, kind, print_)
+        # A gate is there to be new in the code.
+        difference = None if is_gate else self.journal.difference(key, record, kind, print_)
         if difference is not None:
             self._report(difference, is_fatal=record is not None and record.kind != kind)
         return key, record

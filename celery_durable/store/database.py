@@ -1,181 +1,36 @@
-"""Connections, the store's clock, and all that differs between PostgreSQL and SQLite.
+"""Connections, and what the store's errors mean.
 
 An engine belongs to the process that made it: a forked child opens its own. Every operation is one
 statement, or on SQLite one short transaction, so that repeating it after a lost connection is safe
 whenever its statement is guarded.
 """
 
-import functools
+import contextlib
 import os
 import random
+import sqlite3
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+import weakref
+from collections import deque
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+import psycopg
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import URL, Connection, Dialect, Engine, Row, make_url
+from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql import Executable
-from sqlalchemy.sql.dml import UpdateBase
-from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import FromClause
 
 from celery_durable.errors import DurableError, SchemaError, SettingsError, StoreUnavailable
 
-__all__ = ["Connection", "Database", "Instant", "Together", "bind", "given", "now", "per_dialect", "rows_as_json"]
-__all__ += ["seconds_until"]
+__all__ = ["Connection", "Database"]
 
 T = TypeVar("T")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
-_SQLITE_FORMAT = "%Y-%m-%d %H:%M:%f000"  # as SQLAlchemy and Django write instants
-
-
-class Instant(sa.types.TypeDecorator[datetime]):
-    """An aware datetime; SQLite keeps it as UTC text."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Give SQLite the instant in UTC."""
-        if value is None or dialect.name != "sqlite":
-            return value
-        return value.astimezone(UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Say that what SQLite kept was UTC."""
-        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
-
-
-class now(FunctionElement[datetime]):
-    """The store's clock; with an argument, that many seconds later."""
-
-    inherit_cache = True
-    type = Instant()
-
-
-class seconds_until(FunctionElement[float]):
-    """How many seconds an instant lies ahead of the store's clock; negative when it has passed."""
-
-    inherit_cache = True
-    type = sa.Float()
-
-
-class rows_as_json(FunctionElement[str]):
-    """An aggregate: the given columns of all rows as the text of one JSON array of arrays, or null."""
-
-    inherit_cache = True
-    type = sa.Text()
-
-
-@compiles(now, "postgresql")
-def _now_postgresql(element: now, compiler: Any, **options: Any) -> str:
-    # statement_timestamp() and not clock_timestamp(): only a stable function can bound an index scan.
-    later = compiler.process(element.clauses, **options)
-    return f"(statement_timestamp() + make_interval(secs => {later}))" if later else "statement_timestamp()"
-
-
-@compiles(now, "sqlite")
-def _now_sqlite(element: now, compiler: Any, **options: Any) -> str:
-    later = compiler.process(element.clauses, **options)
-    shift = f", printf('%+.3f seconds', {later})" if later else ""
-    return f"strftime('{_SQLITE_FORMAT}', 'now'{shift})"
-
-
-@compiles(seconds_until, "postgresql")
-def _until_postgresql(element: seconds_until, compiler: Any, **options: Any) -> str:
-    at = compiler.process(element.clauses, **options)
-    return f"CAST(extract(epoch FROM {at} - statement_timestamp()) AS double precision)"
-
-
-@compiles(seconds_until, "sqlite")
-def _until_sqlite(element: seconds_until, compiler: Any, **options: Any) -> str:
-    return f"((julianday({compiler.process(element.clauses, **options)}) - julianday('now')) * 86400.0)"
-
-
-@compiles(rows_as_json, "postgresql")
-def _rows_postgresql(element: rows_as_json, compiler: Any, **options: Any) -> str:
-    return f"CAST(json_agg(json_build_array({compiler.process(element.clauses, **options)})) AS text)"
-
-
-@compiles(rows_as_json, "sqlite")
-def _rows_sqlite(element: rows_as_json, compiler: Any, **options: Any) -> str:
-    return f"json_group_array(json_array({compiler.process(element.clauses, **options)}))"
-
-
-def per_dialect(build: Callable[..., T]) -> Callable[..., T]:
-    """Build a statement once per dialect; `build` is handed that dialect's `insert`, callers hand a connection."""
-    inserts = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
-
-    @functools.cache
-    def built(dialect: str, *args: Any) -> T:
-        return build(inserts[dialect], *args)
-
-    @functools.wraps(build)
-    def choose(conn: Connection, *args: Any) -> T:
-        return built(conn.dialect.name, *args)
-
-    return choose
-
-
-def bind(name: str, type_: Any = sa.Text, **options: Any) -> sa.BindParameter[Any]:
-    """Return a parameter; its prefix keeps it apart from a column of the same name."""
-    return sa.bindparam(f"p_{name}", type_=type_, **options)
-
-
-def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values for the parameters that `bind` made."""
-    return {f"p_{name}": value for name, value in parameters.items()}
-
-
-@dataclass(frozen=True)
-class Together:
-    """One guarded statement with RETURNING, and those that depend on it: all take effect or none does.
-
-    PostgreSQL gets a single statement with data-modifying CTEs. SQLite, which has none, gets one after
-    the other inside the caller's transaction, and the dependent ones only when the first moved a row.
-
-    Args:
-        first: the guarded statement.
-        then: functions that are given a FROM clause with the returned columns and return the statements
-            that select from it.
-    """
-
-    first: UpdateBase
-    then: Sequence[Callable[[FromClause], UpdateBase]]
-    _forms: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def __call__(self, conn: Connection, parameters: dict[str, Any]) -> Sequence[Row[Any]]:
-        """Execute all on `conn` and return the rows of the first; none means that its guard refused."""
-        if conn.dialect.name == "postgresql":
-            return conn.execute(self._one_statement(), given(parameters)).all()
-        rows = conn.execute(self.first, given(parameters)).all()
-        for row in rows:
-            moved = {f"moved_{name}": value for name, value in row._mapping.items()}
-            for statement in self._many_statements():
-                conn.execute(statement, given(parameters | moved))
-        return rows
-
-    def _one_statement(self) -> Executable:
-        if "one" not in self._forms:
-            moved = self.first.cte("moved")
-            dependents = [make(moved).cte(f"then_{n}") for n, make in enumerate(self.then)]
-            self._forms["one"] = sa.select(moved).add_cte(*dependents)
-        return self._forms["one"]  # type: ignore[no-any-return]
-
-    def _many_statements(self) -> list[UpdateBase]:
-        if "many" not in self._forms:
-            returned = self.first.exported_columns
-            literals = [bind(f"moved_{c.key}", c.type).label(str(c.key)) for c in returned]
-            moved = sa.select(*literals).subquery("moved")
-            self._forms["many"] = [make(moved) for make in self.then]
-        return self._forms["many"]  # type: ignore[no-any-return]
+_MOST_IDLE = 5
+_DRIVER_ERRORS = (psycopg.Error, sqlite3.Error)
 
 
 class Database:
@@ -190,7 +45,35 @@ class Database:
         self.url = _parsed(url)
         self.schema = schema
         self._engine: Engine | None = None
+        self._idle: deque[Connection] = deque()
         self._pid = 0
+        self._not_forking: Any = contextlib.nullcontext()
+        if self.url.get_backend_name() == "sqlite":
+            self._keep_sqlite_out_of_forks()
+
+    def _keep_sqlite_out_of_forks(self) -> None:
+        """Have no connection open while this process forks.
+
+        SQLite keeps its locks per process. A child that inherits an open connection believes in locks that
+        nobody holds, and waits for them for ever (https://www.sqlite.org/howtocorrupt.html, section 2.6).
+        """
+        self._not_forking = threading.RLock()
+        this = weakref.ref(self)
+
+        def before() -> None:
+            if (database := this()) is not None:
+                database._not_forking.__enter__()
+                database.close()
+
+        def in_parent() -> None:
+            if (database := this()) is not None:
+                database._not_forking.__exit__(None, None, None)
+
+        def in_child() -> None:
+            if (database := this()) is not None:
+                database._not_forking = threading.RLock()
+
+        os.register_at_fork(before=before, after_in_parent=in_parent, after_in_child=in_child)
 
     @property
     def engine(self) -> Engine:
@@ -198,14 +81,23 @@ class Database:
         if self._engine is None or self._pid != os.getpid():
             # What a parent process opened stays the parent's; closing it here would end its sessions. No lock:
             # a fork could copy it locked, and two engines made at once are merely one too many.
+            self._idle = deque()
             self._engine, self._pid = self._create_engine(), os.getpid()
         return self._engine
 
     def close(self) -> None:
         """Close the connections of this process."""
         if self._engine is not None and self._pid == os.getpid():
+            while (conn := self._idle_connection()) is not None:
+                conn.close()
             self._engine.dispose()
         self._engine = None
+
+    def _idle_connection(self) -> Connection | None:
+        try:
+            return self._idle.pop()
+        except IndexError:  # none there, or another thread was faster
+            return None
 
     def once(self, operation: Callable[[Connection], T]) -> T:
         """Run `operation` on a connection: on PostgreSQL in autocommit, on SQLite as one transaction.
@@ -215,16 +107,40 @@ class Database:
             SchemaError: when its tables are missing.
         """
         try:
-            with self._connect() as conn:
-                try:
-                    return operation(conn)
-                except (DBAPIError, DurableError):
-                    raise
-                except BaseException:
-                    conn.invalidate()  # a time limit may have struck in the middle of a reply
-                    raise
-        except (DBAPIError, PoolTimeout) as error:
+            return self._attempt(operation)
+        except (DBAPIError, PoolTimeout, *_DRIVER_ERRORS) as error:
+            translated = self._translated(error)
+            if not isinstance(translated, StoreUnavailable):
+                raise translated from error
+        self.close()  # a store that was restarted has left every idle connection stale, and not only this one
+        try:
+            return self._attempt(operation)
+        except (DBAPIError, PoolTimeout, *_DRIVER_ERRORS) as error:
             raise self._translated(error) from error
+
+    def _attempt(self, operation: Callable[[Connection], T]) -> T:
+        engine, idle = self.engine, self._idle
+        if engine.dialect.name != "postgresql":
+            with self._not_forking, engine.begin() as conn:
+                return operation(conn)
+        # The engine's pool bounds the connections; a few stay out of it, because giving one back and getting
+        # it again costs a third of a step.
+        conn = self._idle_connection() or engine.connect()
+        try:
+            result = operation(conn)
+        except BaseException as error:
+            if not isinstance(error, DurableError):
+                conn.invalidate()  # it is broken, or a time limit struck in the middle of a reply
+            conn.close()
+            raise
+        if conn.in_transaction():
+            conn.rollback()  # what SQLAlchemy calls a transaction; the server knows of none
+        # One that was used for a transaction has left autocommit; the pool puts it back.
+        if len(idle) < _MOST_IDLE and "isolation_level" not in conn.get_execution_options():
+            idle.append(conn)
+        else:
+            conn.close()
+        return result
 
     def patiently(self, operation: Callable[[Connection], T], give_up: Callable[[], bool] = lambda: False) -> T:
         """Run `operation` like `once`, again and again while the store does not answer.
@@ -253,9 +169,6 @@ class Database:
 
         return self.once(in_transaction)
 
-    def _connect(self) -> Any:
-        return self.engine.connect() if self.engine.dialect.name == "postgresql" else self.engine.begin()
-
     def _create_engine(self) -> Engine:
         if self.url.get_backend_name() == "sqlite":
             engine = sa.create_engine(self.url, connect_args={"timeout": 30, "check_same_thread": False})
@@ -269,30 +182,31 @@ class Database:
             pool_size=5,
             max_overflow=15,
             pool_use_lifo=True,
+            pool_reset_on_return=None,  # nothing to roll back
             connect_args={**patience, "application_name": "celery-durable"} | dict(self.url.query),
         )
         return engine.execution_options(schema_translate_map={None: self.schema}) if self.schema else engine
 
-    def _translated(self, error: DBAPIError | PoolTimeout) -> Exception:
-        first_line = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+    def _translated(self, error: Exception) -> Exception:
+        driver_error = getattr(error, "orig", None) or error
+        first_line = str(driver_error).strip().partition("\n")[0]
         where = self.url.render_as_string(hide_password=True)
-        state = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+        state = getattr(driver_error, "sqlstate", None) or ""
         if state in ("42P01", "3F000") or "no such table" in first_line:
             return SchemaError(f"the store {where} has no tables yet; run: celery -A <app> durable migrate")
         if state == "42703" or "no such column" in first_line:
             return SchemaError(
                 f"the tables of {where} are older than this release; run: celery -A <app> durable migrate"
             )
-        if isinstance(error, PoolTimeout) or _is_outage(error, state):
+        if isinstance(error, PoolTimeout) or _is_outage(driver_error, state):
             return StoreUnavailable(f"the store {where} does not answer: {first_line}")
         return error
 
 
-def _is_outage(error: DBAPIError, state: str) -> bool:
+def _is_outage(error: Any, state: str) -> bool:
     # 25006: a standby that has not been promoted yet; 40: serialization and deadlock, safe to repeat.
     return (
-        error.connection_invalidated
-        or isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
+        isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | sqlite3.OperationalError)
         or state == "25006"
         or state.startswith(("40", "57P", "08"))
     )

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from celery_durable.states import SUSPENDED, RunState, StepState
+from celery_durable.store.expressions import now
 from celery_durable.store.tables import history, message, outcome, run, step
 
 
@@ -87,19 +88,21 @@ def latest(conn: Connection, *, task: str | None = None, state: str | None = Non
 
 def steps_of(conn: Connection, run_id: str) -> list[StepRecord]:
     """Return the records of a run in the order in which they were made."""
-    rows = conn.execute(sa.select(step).where(step.c.run_id == run_id).order_by(step.c.seq))
+    # A wait that is over is not written again, see `is_over`.
+    is_over = (step.c.wake_at <= now()).label("is_over")
+    rows = conn.execute(sa.select(step, is_over).where(step.c.run_id == run_id).order_by(step.c.seq))
     return [
         StepRecord(
             key=row.key,
             name=row.name,
             kind=row.kind,
-            state=StepState(row.state),
+            state=StepState.SUCCEEDED if row.state == StepState.WAITING and row.is_over else StepState(row.state),
             attempts=row.attempts,
             output=json.loads(row.output) if row.output is not None else None,
             error=_message(row.error),
             version=row.version,
             started_at=row.started_at,
-            finished_at=row.finished_at,
+            finished_at=row.finished_at or (row.wake_at if row.is_over and row.kind == "sleep" else None),
         )
         for row in rows
     ]

@@ -5,7 +5,7 @@ epoch under which it holds it. A statement that moved nothing is a refusal and s
 by each move to the moment at which the sweeper must look at the run next, and is null when never.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -18,7 +18,8 @@ from sqlalchemy.sql.selectable import FromClause
 
 from celery_durable.states import MOVES, TERMINAL, RunState
 from celery_durable.store import steps
-from celery_durable.store.database import Instant, Together, bind, given, now, per_dialect
+from celery_durable.store.expressions import Instant, now
+from celery_durable.store.statements import Together, bind, given, per_dialect
 from celery_durable.store.steps import Record
 from celery_durable.store.tables import history, message, outcome, run, step
 
@@ -238,7 +239,9 @@ def suspend(
 @per_dialect
 def _suspend(insert: Any, move: str, with_record: bool, next_attempt: bool) -> Together:
     more = {"attempt": run.c.attempt + 1} if next_attempt else {}
-    moved = _owned(move, due_at=_DUE, wait=bind("why"), worker=None, process=None, **more)
+    # A cancel that was asked for since the last record must not wait for the end of this wait.
+    due_at = sa.case((run.c.cancel_requested, now()), else_=_DUE)
+    moved = _owned(move, due_at=due_at, wait=bind("why"), worker=None, process=None, **more)
     then = [_note(move, why=bind("why"))]
     if with_record:
         then.append(steps.dependent(insert, _EPOCH))
@@ -331,14 +334,29 @@ def is_held(conn: Connection, run_id: str, epoch: int) -> bool:
 # -- leases ------------------------------------------------------------------------------------------
 
 
-def renew(conn: Connection, run_ids: Sequence[str], *, worker: str, lease: timedelta) -> None:
-    """Prolong the leases of the runs that a worker is active on."""
-    conn.execute(_RENEW, given({"ids": list(run_ids), "worker": worker, "lease": lease.total_seconds()}))
+def renew(conn: Connection, held: Mapping[str, int], *, worker: str, lease: timedelta) -> None:
+    """Prolong the leases of the runs that a worker is active on.
+
+    Args:
+        held: the process that executes each of them; a run that another process claimed is not renewed.
+    """
+    parameters = {
+        "ids": list(held),
+        "processes": sorted(set(held.values())),
+        "worker": worker,
+        "lease": lease.total_seconds(),
+    }
+    conn.execute(_RENEW, given(parameters))
 
 
 _RENEW = (
     sa.update(run)
-    .where(run.c.id.in_(bind("ids", expanding=True)), run.c.worker == bind("worker"), run.c.due_at.is_not(None))
+    .where(
+        run.c.id.in_(bind("ids", expanding=True)),
+        run.c.process.in_(bind("processes", sa.Integer, expanding=True)),
+        run.c.worker == bind("worker"),
+        run.c.due_at.is_not(None),
+    )
     .values(due_at=_later("lease"))
 )
 

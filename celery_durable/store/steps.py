@@ -15,7 +15,8 @@ from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.selectable import FromClause, ScalarSelect
 
 from celery_durable.states import RunState, StepState
-from celery_durable.store.database import Instant, bind, given, now, per_dialect, rows_as_json, seconds_until
+from celery_durable.store.expressions import Instant, now, rows_as_json, seconds_until
+from celery_durable.store.statements import Prepared, bind, per_dialect
 from celery_durable.store.tables import run, step
 
 
@@ -87,7 +88,7 @@ def from_json(text: str | None) -> list[Record]:
 
 def load(conn: Connection, run_id: str) -> list[Record]:
     """Return every record of a run."""
-    return from_json(conn.execute(sa.select(all_as_json()), given({"run_id": run_id})).scalar())
+    return from_json(Prepared(sa.select(all_as_json().label("records")))(conn, {"run_id": run_id})[0].records)
 
 
 def append(conn: Connection, run_id: str, record: Record, *, epoch: int, version: str) -> bool | None:
@@ -97,12 +98,12 @@ def append(conn: Connection, run_id: str, record: Record, *, epoch: int, version
         Whether the run is to be cancelled, or None when nothing was written: the run is no longer held
         under `epoch`, or the record has succeeded before.
     """
-    row = conn.execute(_append(conn), given({"run_id": run_id, "epoch": epoch, **values(record, version)})).first()
-    return None if row is None else bool(row.cancel_requested)
+    rows = _append(conn)(conn, {"run_id": run_id, "epoch": epoch, **values(record, version)})
+    return bool(rows[0].cancel_requested) if rows else None
 
 
 @per_dialect
-def _append(insert: Any) -> UpdateBase:
+def _append(insert: Any) -> Prepared:
     # FOR SHARE: the lease cannot be taken away between this fence and the commit of the record.
     owned = (
         sa.select(run.c.id)
@@ -117,7 +118,7 @@ def _append(insert: Any) -> UpdateBase:
     statement: UpdateBase = insert_from(insert)(owned, bind("epoch", sa.Integer)).returning(
         cancel.scalar_subquery().label("cancel_requested")
     )
-    return statement
+    return Prepared(statement)
 
 
 def values(record: Record, version: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 
 from celery_durable.states import RunState
-from celery_durable.store.database import Instant, now
+from celery_durable.store.expressions import Instant, now
 
 metadata = MetaData()
 

@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.sql.dml import UpdateBase
 
-from celery_durable.store.database import bind, given, now, per_dialect, seconds_until
+from celery_durable.store.expressions import now, seconds_until
+from celery_durable.store.statements import bind, given, per_dialect
 from celery_durable.store.tables import run, worker
 
 

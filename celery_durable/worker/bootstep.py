@@ -220,7 +220,7 @@ class KeeperThread(threading.Thread):
                 held.worker_process = None  # said once
 
     def _renew(self) -> None:
-        active = [held.id for held in request.held()]
+        active = {held.id: held.worker_process for held in request.held() if held.worker_process is not None}
         if active:
             self._runtime.database.once(
                 lambda conn: runs.renew(conn, active, worker=self._runtime.worker, lease=self._runtime.settings.lease)

@@ -138,13 +138,12 @@ class DurableRequest(Request):  # type: ignore[misc]
 
 
 def held() -> list[DurableRequest]:
-    """Return the durable requests that this worker executes or has waiting for its pool."""
-    found: dict[str, DurableRequest] = {}
-    for requests in (state.reserved_requests, state.active_requests):
-        for request in _snapshot(requests):
-            if isinstance(request, DurableRequest):
-                found[request.id] = request
-    return list(found.values())
+    """Return the durable requests that a process of this worker executes."""
+    return [
+        request
+        for request in _snapshot(state.active_requests)
+        if isinstance(request, DurableRequest) and request.worker_process is not None
+    ]
 
 
 def _snapshot(requests: Any) -> list[Any]:

@@ -6,7 +6,7 @@ Revision ID: 0001
 import sqlalchemy as sa
 from alembic import op
 
-from celery_durable.store.database import Instant, now
+from celery_durable.store.expressions import Instant, now
 
 revision = "0001"
 down_revision = None
