@@ -570,6 +570,16 @@ def test_whatever_is_not_over_has_a_moment_at_which_it_is_looked_at(database: Da
     assert (row_of(database, made).due_at is None) is (state in TERMINAL)
 
 
+def test_a_wait_without_a_time_is_never_due(database: Database) -> None:
+    made = make_run(database, state=RunState.RUNNING)
+
+    suspend(database, made)
+    advance(database, timedelta(days=1000))
+
+    assert due(database) == []
+    assert wake(database, made) == []
+
+
 def test_records_are_counted_for_runs_that_run(database: Database) -> None:
     made = make_run(database, state=RunState.RUNNING, records=[make_record("a"), make_record("b", seq=2)])
     advance(database, HOUR)
