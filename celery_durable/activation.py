@@ -254,10 +254,8 @@ def _tell_revoked(task: Task, request: Any) -> None:
 def _commit(task: Task, request: Any, context: Context, suspended: Suspended) -> None:
     runtime = task.runtime
     is_release = suspended.move == "release"
-    if suspended.arguments is not None:
-        stored = runtime.execute(lambda conn: runs.envelopes(conn, [request.id]))[request.id]
-        changed = Envelope.from_text(stored.envelope).with_arguments(*suspended.arguments)
-        runtime.execute(lambda conn: runs.replace_message(conn, request.id, changed.to_text()))
+    if (changed := suspended.envelope) is not None:
+        runtime.execute(lambda conn: runs.replace_message(conn, request.id, changed))
     runtime.execute(
         lambda conn: runs.suspend(
             conn,

@@ -12,7 +12,7 @@
     ├── SettingsError       a setting is unknown or has no use
     ├── SchemaError         the store's tables do not fit this release
     ├── StoreUnavailable    the store does not answer
-    └── LeaseLostError      another worker owns the run by now
+    └── CrashLoopError      the run's workers died again and again
 
 Errors cross process boundaries inside Celery, so each passes all its arguments to
 `Exception.__init__` and survives pickling.
@@ -63,8 +63,6 @@ class RunFailed(DurableError):
 class RunCancelled(DurableError):
     """Raised in a body whose run was cancelled, at its next step, and by those who wait for the run."""
 
-    code = "abort"
-
 
 class DivergenceError(DurableError):
     """Raised when the code and the record of a run differ and the policy is to fail."""
@@ -100,21 +98,10 @@ class StoreUnavailable(DurableError):
     retryable = True
 
 
-class LeaseLostError(DurableError):
-    """Raised when a worker writes for a run that another worker owns by now.
+class CrashLoopError(DurableError):
+    """What a run ends with whose workers died again and again without a new record."""
 
-    Args:
-        run_id: the run.
-        epoch: the epoch under which the write was tried.
-    """
-
-    def __init__(self, run_id: str, epoch: int) -> None:
-        super().__init__(run_id, epoch)
-        self.run_id = run_id
-        self.epoch = epoch
-
-    def __str__(self) -> str:
-        return f"run {self.run_id} is no longer held under epoch {self.epoch}; another worker goes on with it"
+    code = "crash_loop"
 
 
 class Waiting(Exception):

@@ -17,9 +17,9 @@ class RunState(StrEnum):
     RUNNING = "running"  #: a worker holds its lease
     WAITING = "waiting"  #: suspended until a time or an event
     RETRYING = "retrying"  #: suspended until the back-off after a failed attempt is over
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
+    SUCCEEDED = "succeeded"  #: its body returned
+    FAILED = "failed"  #: it ended with an error; its code says of what kind
+    CANCELLED = "cancelled"  #: somebody ended it
     EXPIRED = "expired"  #: not begun in time
 
 
@@ -31,7 +31,7 @@ LIVE = frozenset(RunState) - TERMINAL
 class StepState(StrEnum):
     """Where a recorded step is."""
 
-    SUCCEEDED = "succeeded"
+    SUCCEEDED = "succeeded"  #: its output is stored
     FAILED = "failed"  #: its own retries are used up; a retry of the run forgets it
     RETRYING = "retrying"  #: an attempt failed, the next one has a time
     WAITING = "waiting"  #: a wait that has a time
@@ -58,7 +58,7 @@ MOVES: dict[str, Move] = {
     "recover": _move(RunState.RUNNING, to=RunState.PENDING, meaning="the lease ran out"),
     "wake": _move(*SUSPENDED, to=RunState.PENDING, meaning="its time or event has come"),
     "succeed": _move(RunState.RUNNING, to=RunState.SUCCEEDED, meaning="the body returned"),
-    "fail": _move(RunState.RUNNING, to=RunState.FAILED, meaning="the body raised for good"),
+    "fail": _move(RunState.RUNNING, RunState.PENDING, to=RunState.FAILED, meaning="it cannot go on"),
     "expire": _move(
         RunState.PENDING, RunState.DELAYED, RunState.QUEUED, to=RunState.EXPIRED, meaning="not begun in time"
     ),

@@ -52,8 +52,11 @@ class DurableTask(Task):  # type: ignore[misc]
     #: Celery would write STARTED before a repeated message is recognised, over a final state.
     track_started = False
 
+    #: The policy of the run's own attempts; None is the setting `durable_retry`.
     retry_policy: RetryPolicy | None = None
+    #: The version of this task's code; None is the setting `durable_version` or a fingerprint.
     version: str | None = None
+    #: What happens when code and record differ; None is the setting `durable_on_divergence`.
     on_divergence: OnDivergence | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -200,8 +203,9 @@ class DurableTask(Task):  # type: ignore[misc]
         run = context.current()
         if run is None or run.run_id != self.request.id:
             return signature
-        changed = None if args is None and kwargs is None else (list(signature.args), dict(signature.kwargs))
-        return _Deferred(signature, self.app, run, changed)
+        same = {"retries", "countdown", "eta", "task_id"}
+        is_changed = args is not None or kwargs is not None or queue is not None or bool(options.keys() - same)
+        return _Deferred(signature, self, run, is_changed=is_changed)
 
     def on_replace(self, sig: TaskSignature) -> Any:
         """Forget this run, whose id now belongs to the task that replaces it."""
@@ -215,24 +219,39 @@ class DurableTask(Task):  # type: ignore[misc]
 class _Deferred(TaskSignature):  # type: ignore[misc]
     """The signature of Celery's own retry: a timer in the store instead of a message."""
 
-    def __init__(self, signature: TaskSignature, app: Celery, run: Context, changed: tuple[Any, Any] | None) -> None:
-        super().__init__(signature, app=app)
-        self.__dict__["run_and_arguments"] = (run, changed)
+    def __init__(self, signature: TaskSignature, task: DurableTask, run: Context, *, is_changed: bool) -> None:
+        super().__init__(signature, app=task.app)
+        self.__dict__["given"] = (task, run, is_changed)
 
     def apply_async(self, *args: Any, **options: Any) -> None:
-        """Note when the next attempt is due and with which arguments."""
-        run, changed = self.__dict__["run_and_arguments"]
+        """Note when the next attempt is due, and with which message where that is another one."""
+        task, run, is_changed = self.__dict__["given"]
         eta, countdown = self.options.get("eta"), self.options.get("countdown") or 0
         run.stop(
             Suspended(
                 move="back_off",
                 why=f"retry {self.options.get('retries')} was asked for",
                 due_in=None if eta else timedelta(seconds=countdown),
-                due_at=_start_time(self.app, eta),
+                due_at=_start_time(task.app, eta),
                 next_attempt=True,
-                arguments=changed,
+                envelope=self._message(task, run.run_id) if is_changed else None,
             )
         )
+
+    def _message(self, task: DurableTask, run_id: str) -> str:
+        """Let Celery make the message that it would have sent."""
+        made: list[Envelope] = []
+
+        def keep(envelope: Envelope) -> bool:
+            made.append(envelope)
+            return False
+
+        options = {name: value for name, value in self.options.items() if name not in ("eta", "countdown", "task_id")}
+        options["headers"] = {**(options.get("headers") or {}), MARK: True}
+        with task.app.producer_or_acquire() as sender:
+            producer = StoringProducer(sender, run_id, keep)
+            Task.apply_async(task, self.args, self.kwargs, task_id=run_id, producer=producer, **options)
+        return made[0].to_text()
 
 
 def durable_task(

@@ -23,7 +23,7 @@ class Suspended:
         record: what to record with the move.
         error: what made it wait, when an attempt has failed.
         next_attempt: whether the attempt that failed was the run's own.
-        arguments: what the next attempt is called with, where that changes.
+        envelope: the message of the next attempt, where it is another one.
     """
 
     move: Literal["suspend", "back_off", "release"]
@@ -33,7 +33,7 @@ class Suspended:
     record: Record | None = None
     error: BaseException | None = None
     next_attempt: bool = False
-    arguments: tuple[Any, Any] | None = None
+    envelope: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ away fails no caller.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from celery import Celery
@@ -15,7 +15,6 @@ from kombu.exceptions import OperationalError
 from celery_durable.messages.envelope import Envelope
 from celery_durable.runtime import Runtime
 from celery_durable.store import runs
-from celery_durable.store.runs import Stored
 
 logger = logging.getLogger(__name__)
 
@@ -56,37 +55,38 @@ class StoringProducer:
             return None
 
 
-def resume_all(app: Celery, messages: Iterable[Stored], producer: Producer | None = None) -> bool:
-    """Publish these messages again; return whether the broker took them all.
+def send_stored(app: Celery, runtime: Runtime, run_ids: Sequence[str], producer: Producer | None = None) -> list[str]:
+    """Publish the messages of these runs as they are stored; what the broker does not take is left to the sweeper.
 
-    Those that it did not take are left to the sweeper.
+    Returns:
+        The runs whose stored message nobody can read.
     """
+    broken = []
+    messages = runtime.execute(lambda conn: runs.envelopes(conn, run_ids))
     try:
         with app.producer_or_acquire(producer) as sender:
-            for message in messages:
-                resume(app, sender, message)
+            for message in messages.values():
+                try:
+                    envelope = Envelope.from_text(message.envelope)
+                except (TypeError, ValueError):
+                    broken.append(message.run_id)
+                else:
+                    resume(app, sender, envelope, attempt=message.attempt, is_begun=message.is_begun)
     except BROKER_ERRORS as error:
         logger.warning("runs are due but the broker does not answer; they follow when it is back: %s", error)
-        return False
-    return True
+    return broken
 
 
-def send_stored(app: Celery, runtime: Runtime, run_ids: Sequence[str], producer: Producer | None = None) -> bool:
-    """Publish the messages of these runs as they are stored; return whether the broker took them all."""
-    return resume_all(app, runtime.execute(lambda conn: runs.envelopes(conn, run_ids)).values(), producer)
-
-
-def resume(app: Celery, producer: Producer, message: Stored) -> None:
+def resume(app: Celery, producer: Producer, envelope: Envelope, *, attempt: int, is_begun: bool) -> None:
     """Publish the message of a run again, under its own id and with all that it carried.
 
     Raises:
         kombu.exceptions.OperationalError: when the broker does not answer.
     """
-    envelope = Envelope.from_text(message.envelope)
     declare = [app.amqp.queues[envelope.queue or envelope.routing_key]] if _is_declared(app, envelope) else []
     producer.publish(
         envelope.payload(),
-        headers=envelope.headers_to_resume(message.attempt, is_begun=message.is_begun),
+        headers=envelope.headers_to_resume(attempt, is_begun=is_begun),
         exchange=envelope.exchange,
         routing_key=envelope.routing_key,
         content_type=envelope.content_type,

@@ -6,7 +6,7 @@ chord, group, stamps, priority, routing and limits survive every suspension beca
 
 import base64
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from kombu import serialization
@@ -93,12 +93,6 @@ class Envelope:
     def payload(self) -> str | bytes:
         """Return the body as it goes to the broker, before compression."""
         return base64.b64decode(self.body) if self.is_binary else self.body
-
-    def with_arguments(self, args: Any, kwargs: Any) -> Self:
-        """Return the same message with other arguments."""
-        serializer = serialization.registry.type_to_name.get(self.content_type, "json")
-        _, _, text = serialization.dumps((args, kwargs, self.decoded()[2]), serializer=serializer)
-        return replace(self, **_packed(text))
 
     def headers_to_resume(self, attempt: int, *, is_begun: bool) -> dict[str, Any]:
         """Return the headers for another publishing; what limits the first start is gone once it was begun."""

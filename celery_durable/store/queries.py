@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from celery_durable.states import SUSPENDED, RunState, StepState
+from celery_durable.states import SUSPENDED, TERMINAL, RunState, StepState
 from celery_durable.store.expressions import now
 from celery_durable.store.tables import history, message, outcome, run, step
 
@@ -132,7 +132,8 @@ _RUNS = (
         outcome.c.error,
     )
     .join(message, message.c.run_id == run.c.id)
-    .outerjoin(outcome, outcome.c.run_id == run.c.id)
+    # One that was retried keeps the outcome of its earlier end until it ends again.
+    .outerjoin(outcome, sa.and_(outcome.c.run_id == run.c.id, run.c.state.in_(TERMINAL)))
 )
 
 

@@ -73,6 +73,7 @@ class Due:
     crash_mark: int
     records: int
     queue: str | None
+    sends: int
 
 
 # -- start and claim ---------------------------------------------------------------------------------
@@ -392,6 +393,7 @@ _SELECT_DUE = (
             else_=0,
         ),
         run.c.queue,
+        run.c.sends,
     )
     .where(run.c.due_at <= now())
     .order_by(run.c.due_at)
@@ -448,6 +450,19 @@ def _fail_lost(insert: Any) -> Together:
     return Together(moved, [_note("fail", why=bind("why")), _keep_outcome(insert)])
 
 
+def fail_unsendable(conn: Connection, run_id: str, *, error: str, why: str) -> bool:
+    """Fail a pending run whose message cannot be sent; nobody can be told. Returns whether it was moved."""
+    parameters = {"run_id": run_id, "who": "sweeper", "why": why, "error": error, "result": None}
+    return bool(_fail_unsendable(conn)(conn, parameters))
+
+
+@per_dialect
+def _fail_unsendable(insert: Any) -> Together:
+    values = {"due_at": None, "error_code": "payload", "finished_at": now()}
+    moved = _moved("fail", run.c.id == _RUN_ID, run.c.state == RunState.PENDING, **values)
+    return Together(moved, [_note("fail", why=bind("why")), _keep_outcome(insert)])
+
+
 def _ids(rows: Iterable[Any]) -> list[str]:
     return [row.id for row in rows]
 
@@ -462,10 +477,8 @@ def cancel(conn: Connection, run_id: str, *, who: str, why: str, resend: timedel
         `cancelled` when it was moved, `running` when its owner was asked, None when it has ended or is unknown.
     """
     parameters = {"run_id": run_id, "who": who, "why": why, "due_in": resend.total_seconds(), "due_at": None}
-    if _CANCEL(conn, parameters):
-        return RunState.CANCELLED
-    asked = sa.update(run).where(run.c.id == run_id, run.c.state == RunState.RUNNING).values(cancel_requested=True)
-    return RunState.RUNNING if conn.execute(asked).rowcount else None
+    rows = _CANCEL(conn, parameters)
+    return RunState(rows[0].state) if rows else None
 
 
 def discard(conn: Connection, run_id: str, *, who: str, expired: bool) -> None:
@@ -488,7 +501,7 @@ def time_out(conn: Connection, run_id: str, *, worker: str, error: str, why: str
 @per_dialect
 def _time_out(insert: Any) -> Together:
     values = {"due_at": None, "error_code": "timeout", "finished_at": now()}
-    moved = _moved("fail", run.c.id == _RUN_ID, run.c.worker == bind("who"), **values)
+    moved = _moved("fail", run.c.id == _RUN_ID, run.c.state == RunState.RUNNING, run.c.worker == bind("who"), **values)
     return Together(moved, [_note("fail", why=bind("why")), _keep_outcome(insert)])
 
 
@@ -526,6 +539,17 @@ _SELECT_ENVELOPES = (
 )
 
 
+def waiting_groups(conn: Connection) -> list[str]:
+    """Return the Celery groups that have a member which has not ended."""
+    live = (
+        sa.select(message.c.group_id)
+        .join(run, run.c.id == message.c.run_id)
+        .where(run.c.due_at.is_not(None), message.c.group_id.is_not(None))
+        .distinct()
+    )
+    return list(conn.execute(live).scalars())
+
+
 def replace(conn: Connection, run_id: str, *, epoch: int, who: str) -> bool:
     """Forget a running run whose id Celery's `replace` gives to another task. Returns whether it was ours."""
     forgotten = sa.delete(run).where(run.c.id == run_id, run.c.epoch == epoch, run.c.state == RunState.RUNNING)
@@ -552,13 +576,17 @@ def _owned(move: str, **values: Any) -> Any:
     return _moved(move, run.c.id == _RUN_ID, run.c.epoch == _EPOCH, run.c.state == RunState.RUNNING, **values)
 
 
-def _note(what: str, *, who: Any = None, why: Any = None, version: Any = None) -> Callable[[FromClause], UpdateBase]:
-    """Return the insert of the history row of a move."""
+def _note(
+    what: str, *, who: Any = None, why: Any = None, version: Any = None, while_running: str | None = None
+) -> Callable[[FromClause], UpdateBase]:
+    """Return the insert of the history row of a move; one that left the run running is named differently."""
 
     def make(moved: FromClause) -> UpdateBase:
         columns = {
             "run_id": moved.c.id,
-            "what": sa.literal(what),
+            "what": sa.literal(what)
+            if while_running is None
+            else sa.case((moved.c.state == RunState.RUNNING, while_running), else_=what),
             "who": bind("who") if who is None else who,
             "why": sa.null() if why is None else why,
             "epoch": moved.c.epoch,
@@ -570,7 +598,7 @@ def _note(what: str, *, who: Any = None, why: Any = None, version: Any = None) -
 
 
 _IN_IDS = run.c.id.in_(bind("ids", expanding=True))
-_BY_SWEEPER = {"who": sa.literal("sweeper")}
+_BY_SWEEPER: dict[str, Any] = {"who": sa.literal("sweeper")}
 
 _WAKE = Together(
     _moved("wake", _IN_IDS, run.c.due_at <= now(), due_at=_later("resend"), wait=None, sends=0),
@@ -600,17 +628,21 @@ _RECOVER = Together(
     ).where(run.c.due_at <= now()),
     [_note("recover", why=sa.literal("the lease ran out"), **_BY_SWEEPER)],
 )
+_IS_RUNNING = run.c.state == RunState.RUNNING
+# One statement for both cases: a run that stops running in between is then found in its new state.
 _CANCEL = Together(
-    _moved(
-        "cancel",
-        run.c.id == _RUN_ID,
-        run.c.state != RunState.RUNNING,
-        due_at=_DUE,
-        finished_at=now(),
-        wait=None,
-        worker=None,
-    ),
-    [_note("cancel", why=bind("why"))],
+    sa.update(run)
+    .where(run.c.id == _RUN_ID, run.c.state.in_(MOVES["cancel"].sources))
+    .values(
+        state=sa.case((_IS_RUNNING, run.c.state), else_=MOVES["cancel"].target),
+        cancel_requested=True,
+        due_at=sa.case((_IS_RUNNING, run.c.due_at), else_=_DUE),
+        finished_at=sa.case((_IS_RUNNING, run.c.finished_at), else_=now()),
+        wait=sa.case((_IS_RUNNING, run.c.wait), else_=sa.null()),
+        worker=sa.case((_IS_RUNNING, run.c.worker), else_=sa.null()),
+    )
+    .returning(run.c.id, run.c.epoch, run.c.version, run.c.state),
+    [_note("cancel", why=bind("why"), while_running="ask_to_cancel")],
 )
 _EXPIRE = Together(
     _moved("expire", run.c.id == _RUN_ID, run.c.epoch == 0, due_at=None, finished_at=now()),

@@ -11,6 +11,7 @@ import random
 import threading
 import time
 import uuid
+from datetime import timedelta
 from typing import Any
 
 from billiard.exceptions import TimeLimitExceeded
@@ -19,6 +20,7 @@ from celery import Celery, bootsteps, signals
 from celery_durable.codec import dump_error
 from celery_durable.errors import DurableError, StoreUnavailable
 from celery_durable.messages import dispatch
+from celery_durable.messages.dispatch import BROKER_ERRORS
 from celery_durable.runtime import Runtime
 from celery_durable.states import RunState
 from celery_durable.store import runs, schema, workers
@@ -33,7 +35,7 @@ from celery_durable.worker.request import (
     Revoked,
     TimedOut,
 )
-from celery_durable.worker.sweeper import sweep
+from celery_durable.worker.sweeper import keep_chords, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,7 @@ class KeeperThread(threading.Thread):
         self._stopping = threading.Event()
         self._next_pass = 0.0
         self._next_renewal = 0.0
+        self._next_chords = time.monotonic() + self._chord_interval
         self._trusted_from = 0.0
         self._main = os.getpid()
 
@@ -121,6 +124,8 @@ class KeeperThread(threading.Thread):
                     self._renew()
                 if time.monotonic() >= self._next_pass:
                     self._pass()
+                if time.monotonic() >= self._next_chords:
+                    self._keep_chords()
             except StoreUnavailable as error:
                 logger.warning(
                     "the store is away; leases are not judged until all workers could renew theirs: %s", error
@@ -242,6 +247,20 @@ class KeeperThread(threading.Thread):
         if is_due:
             soon = _SHORTEST if moved else self._interval
         self._next_pass = time.monotonic() + max(_SHORTEST, min(turn, soon))
+
+    def _keep_chords(self) -> None:
+        self._next_chords = time.monotonic() + self._chord_interval
+        try:
+            keep_chords(self._app, self._runtime)
+        except BROKER_ERRORS as error:
+            logger.warning("chords with waiting members could not be kept alive: %s", error)
+
+    @property
+    def _chord_interval(self) -> float:
+        conf = self._app.conf
+        expires = conf.get("result_chord_expires") or conf.result_expires
+        seconds = expires.total_seconds() if isinstance(expires, timedelta) else float(expires or 86_400)
+        return seconds / 3
 
     def _check_in(self) -> workers.Outlook:
         settings = self._runtime.settings
