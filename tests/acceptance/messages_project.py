@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from celery import chain
+from celery.exceptions import Ignore, Reject
 
 from celery_durable import DurableTask, RetryPolicy, sleep, step
 from tests.acceptance.project import app, double, naps, note
@@ -168,3 +169,11 @@ def half_time(seconds: float) -> str:
     sleep(NAP)
     step(work, name="second half")()
     return "done"
+
+
+@app.task(base=DurableTask, bind=True)
+def gives_up(self: Any, rejected: bool) -> None:
+    """Nap, then speak to Celery in its own words."""
+    sleep(NAP)
+    note("gave-up", self.request.id)
+    raise Reject("not here", requeue=False) if rejected else Ignore("nothing to do")

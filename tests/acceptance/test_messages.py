@@ -22,7 +22,7 @@ from celery import Celery, chain, chord, group
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.result import AsyncResult
 
-from celery_durable.states import RunState
+from celery_durable.states import TERMINAL, RunState
 from tests import conftest, servers
 from tests.acceptance.harness import Project, Worker, wait_until
 
@@ -372,6 +372,22 @@ def test_a_plain_task_may_be_replaced_by_a_durable_one(lab: Lab) -> None:
     handle = lab.tasks.plain_becomes.delay(3)
 
     assert handle.get(timeout=WAIT) == 12
+
+
+@on_redis
+@pytest.mark.parametrize(
+    ("word", "end"), [("ignore", RunState.CANCELLED), ("reject", RunState.FAILED)], ids=["ignore", "reject"]
+)
+def test_a_body_that_raises_a_word_of_celery_is_not_executed_again(lab: Lab, word: str, end: RunState) -> None:
+    handle = lab.tasks.gives_up.apply_async((word == "reject",), link_error=lab.tasks.failed.s())
+
+    wait_until(lambda: lab.state_of(handle.id) in TERMINAL, timeout=WAIT, what="the end", log=lab.worker.log)
+
+    assert lab.state_of(handle.id) is end
+    assert len(lab.project.lines("gave-up", handle.id)) == 1
+    if word == "reject":
+        assert len(lab.wait_for_line("failed", handle.id, "Reject")) == 1
+        assert handle.state == "FAILURE"
 
 
 # -- how a run is sent -----------------------------------------------------------------------------------
