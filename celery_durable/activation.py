@@ -69,7 +69,12 @@ def activate(task: Task, request: Any, args: Any, kwargs: Any) -> Any:
     context = Context(task.runtime.database, request.id, task.name, claim, _rules(task))
     request.durable_context = context
     (signals.run_started if claim.epoch == 1 else signals.run_resumed).send(sender=task, run_id=request.id)
-    return _tell_celery(task, request, context, execute(context, _body(task, args, kwargs), task.parameters.result))
+    try:
+        outcome = execute(context, _body(task, args, kwargs), task.parameters.result)
+    except (Ignore, Reject, Retry) as asked:
+        _obey(task, context, asked)
+        raise
+    return _tell_celery(task, request, context, outcome)
 
 
 def commit_suspension(task: Task, request: Any) -> None:
@@ -82,7 +87,7 @@ def commit_suspension(task: Task, request: Any) -> None:
         return
     suspended = context.ended
     try:
-        _commit(task, request, context, suspended)
+        _commit(task, context, suspended)
     except Exception:
         # Raised from here, it would make Celery record a failure; the lease runs out and the run goes on.
         logger.exception("run %s could not be suspended; it is taken up again when its lease runs out", request.id)
@@ -122,7 +127,7 @@ def run_eagerly(task: Task, request: Any, args: Any, kwargs: Any) -> Any:
                 return _tell_celery(task, request, context, outcome)
             finally:
                 database.once(lambda conn: runs.delivered(conn, [request.id], worker=task.runtime.worker))
-        _commit(task, request, context, outcome)
+        _commit(task, context, outcome)
         time.sleep(_seconds_until(outcome))
         database.once(lambda conn: runs.wake(conn, [request.id], resend=timedelta(days=1)))
 
@@ -204,6 +209,27 @@ def _tell_celery(task: Task, request: Any, context: Context, outcome: Outcome) -
             raise Ignore(f"run {request.id} is no longer held here under epoch {context.epoch}")
 
 
+def _obey(task: Task, context: Context, asked: Ignore | Reject | Retry) -> None:
+    """Move the run as a body asks that raised a word of Celery's itself."""
+    match asked:
+        case Retry():
+            delay = timedelta(seconds=asked.when) if isinstance(asked.when, int | float) else None
+            until = asked.when if isinstance(asked.when, datetime) else None
+            why = f"the body raised {asked!r}"
+            due_in = timedelta() if delay is None and until is None else delay
+            context.stop(Suspended(move="back_off", why=why, due_in=due_in, due_at=until, next_attempt=True))
+        case Reject() if asked.requeue:
+            why = f"the body raised {asked!r}"
+            _commit(task, context, Suspended(move="release", why=why), send=False)
+        case Reject():
+            _finish(
+                task, context, "fail", error=dump_error(asked), error_code="abort", why=f"the body raised {asked!r}"
+            )
+        case Ignore():
+            _finish(task, context, "cancel", error=dump_error(asked), why=f"the body raised {asked!r}")
+            _note_delivered(task, context.run_id)
+
+
 def _finish(task: Task, context: Context, move: str, **values: Any) -> None:
     runtime = task.runtime
     try:
@@ -231,7 +257,7 @@ def _deliver_again(task: Task, request: Any, claim: Claim) -> Any:
     # Callbacks go out before the result is stored, so a stored result means that all is done.
     is_stored = claim.state is RunState.SUCCEEDED and not request.ignore_result
     if is_stored and task.backend.get_state(request.id) == states.SUCCESS:
-        database.patiently(lambda conn: runs.delivered(conn, [request.id], worker=task.runtime.worker))
+        _note_delivered(task, request.id)
         raise Ignore(f"the result of run {request.id} is stored already")
     result, error = database.patiently(lambda conn: runs.outcome_of(conn, request.id))
     if claim.state is RunState.SUCCEEDED:
@@ -245,21 +271,23 @@ def _deliver_again(task: Task, request: Any, claim: Claim) -> Any:
 def _tell_revoked(task: Task, request: Any) -> None:
     task.backend.mark_as_revoked(request.id, "cancelled", request=request, store_result=not request.ignore_result)
     signals.run_cancelled.send(sender=task, run_id=request.id)
+    _note_delivered(task, request.id)
+
+
+def _note_delivered(task: Task, run_id: str) -> None:
     runtime = task.runtime
-    runtime.database.patiently(
-        lambda conn: runs.delivered(conn, [request.id], worker=runtime.worker), runtime.is_draining
-    )
+    runtime.execute(lambda conn: runs.delivered(conn, [run_id], worker=runtime.worker))
 
 
-def _commit(task: Task, request: Any, context: Context, suspended: Suspended) -> None:
+def _commit(task: Task, context: Context, suspended: Suspended, *, send: bool = True) -> None:
     runtime = task.runtime
     is_release = suspended.move == "release"
     if (changed := suspended.envelope) is not None:
-        runtime.execute(lambda conn: runs.replace_message(conn, request.id, changed))
+        runtime.execute(lambda conn: runs.replace_message(conn, context.run_id, changed))
     runtime.execute(
         lambda conn: runs.suspend(
             conn,
-            request.id,
+            context.run_id,
             suspended.move,
             epoch=context.epoch,
             who=runtime.worker,
@@ -271,8 +299,8 @@ def _commit(task: Task, request: Any, context: Context, suspended: Suspended) ->
             next_attempt=suspended.next_attempt,
         )
     )
-    if is_release:
-        dispatch.send_stored(task.app, runtime, [request.id])
+    if is_release and send:
+        dispatch.send_stored(task.app, runtime, [context.run_id])
 
 
 def _seconds_until(suspended: Suspended) -> float:

@@ -71,6 +71,13 @@ class Durable:
         """
         return schema.migrate(self.runtime.database)
 
+    def prune(self) -> int:
+        """Delete the runs that `durable_retention` no longer keeps, as the workers do; return how many."""
+        keep, total = self.settings.retention, 0
+        while gone := self.runtime.database.atomically(lambda conn: runs.prune(conn, keep=keep, most=500)):
+            total += gone
+        return total
+
     def sql(self) -> str:
         """Return the statements that create the tables from nothing."""
         return schema.sql(self.runtime.database)

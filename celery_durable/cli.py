@@ -54,6 +54,13 @@ def migrate(installed: Any, as_sql: bool) -> None:
         click.echo(f"the tables are of version {installed.migrate()}")
 
 
+@durable.command()
+@_command
+def prune(installed: Any) -> None:
+    """Delete the finished runs that durable_retention no longer keeps."""
+    click.echo(f"{installed.prune()} runs deleted")
+
+
 @durable.command("list")
 @click.option("--task", help="Runs of this task only.")
 @click.option("--state", help="Runs in this state only.")
@@ -139,7 +146,7 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    return {key: item for key, item in dataclasses.asdict(value).items() if key != "envelope"}
+    return dataclasses.asdict(value)
 
 
 def _json(value: Any) -> str:

@@ -24,7 +24,7 @@ from celery_durable import activation
 from celery_durable.codec import Signature, checked
 from celery_durable.engine import context
 from celery_durable.engine.context import Context
-from celery_durable.engine.outcome import Suspended
+from celery_durable.engine.outcome import Lost, Suspended
 from celery_durable.errors import DurableError, UsageError
 from celery_durable.handle import RunHandle
 from celery_durable.messages.dispatch import StoringProducer
@@ -213,6 +213,7 @@ class DurableTask(Task):  # type: ignore[misc]
         if run is not None and not self.request.is_eager:
             runtime = self.runtime
             runtime.execute(lambda conn: runs.replace(conn, run.run_id, epoch=run.epoch, who=runtime.worker))
+            run.stop(Lost())
         return super().on_replace(sig)
 
 

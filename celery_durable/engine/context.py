@@ -207,7 +207,7 @@ class Context:
         if self.journal.unvisited:
             self._report(f"the record holds {self.journal.unvisited[0]!r}, which the code no longer takes")
 
-    def stop(self, outcome: Suspended) -> None:
+    def stop(self, outcome: Suspended | Lost) -> None:
         """Note that the body is to stop, without unwinding it; the first reason stays."""
         if self.ended is None:
             self.ended = outcome

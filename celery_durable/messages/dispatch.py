@@ -95,7 +95,7 @@ def resume(app: Celery, producer: Producer, envelope: Envelope, *, attempt: int,
         declare=declare,
         retry=True,
         retry_policy=dict(app.conf.task_publish_retry_policy),
-        **({"delivery_mode": 2, "priority": None} | envelope.properties),
+        **({"delivery_mode": 2} | envelope.properties),
     )
 
 

@@ -55,7 +55,7 @@ class Envelope:
         declared = options.get("declare") or []
         return cls(
             headers=dict(options.get("headers") or {}),
-            properties=_kept(options),
+            properties=_kept({"priority": 0, **options}),  # kombu sends 0 where Celery names none
             **_packed(text),
             content_type=content_type,
             content_encoding=encoding,
@@ -117,7 +117,8 @@ def captured(message: Any, delivery_info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kept(source: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: source[name] for name in _KEPT_PROPERTIES if source.get(name) is not None}
+    kept = {name: source[name] for name in _KEPT_PROPERTIES if source.get(name) is not None}
+    return {"priority": None} | kept  # None is a priority too: the message was sent without one
 
 
 def _packed(text: str | bytes) -> dict[str, Any]:

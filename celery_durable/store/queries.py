@@ -18,13 +18,16 @@ from celery_durable.store.tables import history, message, outcome, run, step
 class Run:
     """A run as it stands.
 
-    `result` is the JSON value of the output; `error` the text of the final error; `wait` says what a
-    suspended run waits for and `wake_at` until when; `envelope` is the stored message.
+    `args` and `kwargs` are the JSON values of the input, None where another serializer was used; `result` is the
+    JSON value of the output, `error` the text of the final error; `wait` says what a suspended run waits for and
+    `wake_at` until when.
     """
 
     id: str
     task: str
     state: RunState
+    args: list[Any] | None
+    kwargs: dict[str, Any] | None
     attempt: int
     result: Any
     error_code: str | None
@@ -40,7 +43,6 @@ class Run:
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
-    envelope: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,10 +145,13 @@ def _runs(conn: Connection, chosen: sa.Select[Any]) -> list[Run]:
 
 def _run_of(row: Any) -> Run:
     state = RunState(row.state)
+    args, kwargs = _input(row.envelope)
     return Run(
         id=row.id,
         task=row.task,
         state=state,
+        args=args,
+        kwargs=kwargs,
         attempt=row.attempt,
         result=json.loads(row.result) if row.result is not None else None,
         error_code=row.error_code,
@@ -162,8 +167,15 @@ def _run_of(row: Any) -> Run:
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,
-        envelope=row.envelope,
     )
+
+
+def _input(envelope: str) -> tuple[list[Any] | None, dict[str, Any] | None]:
+    stored = json.loads(envelope)
+    if stored["is_binary"] or stored["content_type"] != "application/json":
+        return None, None
+    args, kwargs, _ = json.loads(stored["body"])
+    return args, kwargs
 
 
 def _tags(text: str | None) -> tuple[str, ...]:

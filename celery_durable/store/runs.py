@@ -539,6 +539,29 @@ _SELECT_ENVELOPES = (
 )
 
 
+def prune(conn: Connection, *, keep: timedelta, most: int) -> int:
+    """Delete runs that were started longer ago than `keep`, have ended and are delivered; return how many.
+
+    At most `most` go at once, with all that belongs to them.
+    """
+    rows = conn.execute(_SELECT_OLD, given({"keep": -keep.total_seconds(), "most": most}))
+    ids = [row.id for row in rows]
+    if ids:
+        for table in (step, history, message, outcome):
+            conn.execute(sa.delete(table).where(table.c.run_id.in_(ids)))
+        conn.execute(sa.delete(run).where(run.c.id.in_(ids)))
+    return len(ids)
+
+
+_SELECT_OLD = (
+    sa.select(run.c.id)
+    .where(run.c.created_at < _later("keep"), run.c.state.in_(TERMINAL), run.c.due_at.is_(None))
+    .order_by(run.c.created_at)
+    .limit(bind("most", sa.Integer))
+    .with_for_update(skip_locked=True)
+)
+
+
 def waiting_groups(conn: Connection) -> list[str]:
     """Return the Celery groups that have a member which has not ended."""
     live = (

@@ -48,7 +48,6 @@ run = Table(
     Column("started_at", Instant),
     Column("finished_at", Instant),
     CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in RunState)})", name="durable_run_state"),
-    postgresql_with={"fillfactor": 80},
 )
 Index(
     "durable_run_due", run.c.due_at, postgresql_where=run.c.due_at.is_not(None), sqlite_where=run.c.due_at.is_not(None)

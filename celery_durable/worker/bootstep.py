@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _LOOK_AT_PROCESSES = 0.5
 _LINGER = 0.1
 _SHORTEST = 0.02
+_PRUNE_EVERY, _PRUNE_MOST = 600.0, 500
 
 
 class Keeper(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -110,6 +111,8 @@ class KeeperThread(threading.Thread):
         self._next_pass = 0.0
         self._next_renewal = 0.0
         self._next_chords = time.monotonic() + self._chord_interval
+        # Not at the start, when there is most to do, and not in all workers at once.
+        self._next_pruning = time.monotonic() + random.uniform(0.5, 1.5) * _PRUNE_EVERY
         self._trusted_from = 0.0
         self._main = os.getpid()
 
@@ -126,6 +129,8 @@ class KeeperThread(threading.Thread):
                     self._pass()
                 if time.monotonic() >= self._next_chords:
                     self._keep_chords()
+                if time.monotonic() >= self._next_pruning:
+                    self._prune()
             except StoreUnavailable as error:
                 logger.warning(
                     "the store is away; leases are not judged until all workers could renew theirs: %s", error
@@ -254,6 +259,14 @@ class KeeperThread(threading.Thread):
             keep_chords(self._app, self._runtime)
         except BROKER_ERRORS as error:
             logger.warning("chords with waiting members could not be kept alive: %s", error)
+
+    def _prune(self) -> None:
+        settings = self._runtime.settings
+        gone = self._runtime.database.atomically(
+            lambda conn: runs.prune(conn, keep=settings.retention, most=_PRUNE_MOST)
+        )
+        # A full batch means that there is more; it follows after the next pass.
+        self._next_pruning = time.monotonic() + (self._interval if gone == _PRUNE_MOST else _PRUNE_EVERY)
 
     @property
     def _chord_interval(self) -> float:

@@ -126,7 +126,8 @@ class DurableRequest(Request):  # type: ignore[misc]
             self.send_event("task-retried", exception=repr(error), traceback="")
             return None
         answer = super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
-        if not isinstance(error, Ignore | Reject | Retry | Terminated):
+        is_rejected = isinstance(error, Reject) and not error.requeue
+        if is_rejected or not isinstance(error, Ignore | Reject | Retry | Terminated):
             notes.put(Delivered(self.id))
         return answer
 
