@@ -140,6 +140,10 @@ def signals_table() -> str:
     return table(["signal", "arguments", "sent when"], rows)
 
 
+#: Where a class has members that only this package calls: those for users.
+_MEMBERS = {"DurableTask": " apply_async, AsyncResult, policy, code_version"}
+
+
 def api() -> str:
     """Return the autodoc directives of every public name, functions first."""
     public = {name: getattr(celery_durable, name) for name in celery_durable.__all__}
@@ -154,7 +158,7 @@ def api() -> str:
         for name, value in public.items():
             if belongs(value):
                 text += f".. {directive}:: celery_durable.{name}\n"
-                text += "   :members:\n\n" if directive == "autoclass" else "\n"
+                text += f"   :members:{_MEMBERS.get(name, '')}\n\n" if directive == "autoclass" else "\n"
         text += "```\n\n"
     text += "## What `durable.runs` returns\n\n```{eval-rst}\n"
     text += ".. autoclass:: celery_durable.app.Runs\n   :members:\n\n"
@@ -168,38 +172,41 @@ def api() -> str:
 
 #: Where each state is drawn: the middle of its box.
 _PLACES = {
-    RunState.DELAYED: (80, 60),
-    RunState.QUEUED: (80, 250),
-    RunState.PENDING: (270, 150),
-    RunState.EXPIRED: (80, 340),
-    RunState.RUNNING: (520, 150),
-    RunState.WAITING: (330, 340),
-    RunState.RETRYING: (560, 340),
-    RunState.SUCCEEDED: (790, 60),
-    RunState.FAILED: (790, 150),
-    RunState.CANCELLED: (790, 250),
+    RunState.DELAYED: (70, 150),
+    RunState.QUEUED: (70, 250),
+    RunState.PENDING: (300, 150),
+    RunState.RUNNING: (560, 150),
+    RunState.WAITING: (340, 310),
+    RunState.RETRYING: (560, 310),
+    RunState.SUCCEEDED: (900, 60),
+    RunState.FAILED: (900, 150),
+    RunState.CANCELLED: (900, 230),
+    RunState.EXPIRED: (900, 380),
+}
+#: Moves from many places, drawn as one dashed arrow that names them: where it begins and the label's anchor.
+_STUBS = {
+    "cancel": (-120, 0, "end"),
+    "expire": (-120, 0, "end"),
+    "fail": (-120, 0, "end"),
+    "retry": (0, -80, "middle"),
 }
 _WIDTH, _HEIGHT = 110, 34
 
 
 def svg() -> str:
-    """Return the diagram of states and moves; a move that starts in every live state is one dashed arrow."""
-    missing = set(RunState) - set(_PLACES)
+    """Return the diagram of states and moves."""
+    missing = {*RunState} - {*_PLACES} | {*_STUBS} - {*MOVES}
     if missing:
-        raise ExtensionError(f"the diagram has no place for {', '.join(missing)}")
+        raise ExtensionError(f"the diagram does not fit the code: {', '.join(missing)}")
     arrows: dict[tuple[RunState, RunState], list[str]] = {}
-    everywhere: list[tuple[str, RunState]] = []
+    parts = []
     for name, move in MOVES.items():
-        if move.sources == LIVE:
-            everywhere.append((name, move.target))
+        if name in _STUBS:
+            parts.append(_stub(name, move.sources, move.target))
             continue
         for source in move.sources:
             arrows.setdefault((source, move.target), []).append(name)
-    parts = [_arrow(*pair, ", ".join(names), bent=pair[::-1] in arrows) for pair, names in sorted(arrows.items())]
-    for name, target in everywhere:
-        x, y = _PLACES[target]
-        parts.append(_line(x - 150, y, x - _WIDTH / 2 - 3, y, dashed=True))
-        parts.append(f'<text x="{x - 154}" y="{y + 4}" text-anchor="end">any live state: {name}</text>')
+    parts += [_arrow(*pair, ", ".join(names), bent=pair[::-1] in arrows) for pair, names in sorted(arrows.items())]
     for state, (x, y) in _PLACES.items():
         ended = ' class="ended"' if state in states.TERMINAL else ""
         parts.append(
@@ -207,10 +214,11 @@ def svg() -> str:
             f'<text class="state" x="{x}" y="{y + 5}" text-anchor="middle">{html.escape(state)}</text>'
         )
     style = (
-        ".moves{width:100%;max-width:880px;font-family:inherit}"
+        ".moves{width:100%;max-width:970px;font-family:inherit}"
         ".moves rect{fill:var(--color-background-secondary);stroke:var(--color-brand-primary);stroke-width:1.5}"
-        ".moves rect.ended{stroke-width:3}.moves text{font-size:13px;fill:var(--color-foreground-secondary)}"
-        ".moves text.state{font-size:14px;fill:var(--color-foreground-primary)}"
+        ".moves rect.ended{stroke-width:3}.moves text{font-size:13px;fill:var(--color-foreground-secondary);"
+        "paint-order:stroke;stroke:var(--color-background-primary);stroke-width:5px}"
+        ".moves text.state{font-size:14px;fill:var(--color-foreground-primary);stroke:none}"
         ".moves path{stroke:var(--color-foreground-muted);fill:none;stroke-width:1.2}"
         ".moves marker path{fill:var(--color-foreground-muted)}"
     )
@@ -220,7 +228,7 @@ def svg() -> str:
     )
     return (
         f"<style>{style}</style>"
-        '<svg class="moves" viewBox="0 0 880 380" role="img" aria-label="The states of a run and the moves between '
+        '<svg class="moves" viewBox="0 0 970 410" role="img" aria-label="The states of a run and the moves between '
         f'them; the table below lists them all"><defs>{head}</defs>{"".join(parts)}</svg>'
     )
 
@@ -233,16 +241,27 @@ def _arrow(source: RunState, target: RunState, name: str, *, bent: bool) -> str:
     bow = 34 if bent else 0
     middle_x = (x1 + x2) / 2 - (y2 - y1) / length * bow
     middle_y = (y1 + y2) / 2 + (x2 - x1) / length * bow
-    label_x, label_y = (x1 + x2 + 2 * middle_x) / 4, (y1 + y2 + 2 * middle_y) / 4
+    # Nearer to where it begins, because lines cross in the middle.
+    label_x = 0.42 * x1 + 0.46 * middle_x + 0.12 * x2
+    label_y = 0.42 * y1 + 0.46 * middle_y + 0.12 * y2
+    if bent:
+        label_x, label_y = middle_x, (y1 + y2 + 3 * middle_y) / 5
     return (
         f'<path d="M{x1:.0f} {y1:.0f} Q{middle_x:.0f} {middle_y:.0f} {x2:.0f} {y2:.0f}" marker-end="url(#tip)"/>'
-        f'<text x="{label_x:.0f}" y="{label_y - 4:.0f}" text-anchor="middle">{html.escape(name)}</text>'
+        f'<text x="{label_x:.0f}" y="{label_y + 4:.0f}" text-anchor="middle">{html.escape(name)}</text>'
     )
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, *, dashed: bool) -> str:
-    dash = ' stroke-dasharray="5 4"' if dashed else ""
-    return f'<path d="M{x1:.0f} {y1:.0f} {x2:.0f} {y2:.0f}" marker-end="url(#tip)"{dash}/>'
+def _stub(name: str, sources: frozenset[RunState], target: RunState) -> str:
+    x, y = _PLACES[target]
+    dx, dy, anchor = _STUBS[name]
+    to_x, to_y = _edge(x, y, x + dx, y + dy)
+    places = "any live state" if sources == LIVE else ", ".join(s for s in RunState if s in sources)
+    return (
+        f'<path d="M{x + dx} {y + dy} {to_x:.0f} {to_y:.0f}" marker-end="url(#tip)" stroke-dasharray="5 4"/>'
+        f'<text x="{x + dx + (-5 if dx else 0)}" y="{y + dy + (4 if dx else -6)}" text-anchor="{anchor}">'
+        f"{places}: {name}</text>"
+    )
 
 
 def _edge(x: float, y: float, to_x: float, to_y: float) -> tuple[float, float]:
