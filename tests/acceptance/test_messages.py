@@ -136,6 +136,7 @@ def lab(
 ) -> Iterator[Lab]:
     """The worker of one broker and pool, with its results in Redis."""
     broker, pool = request.param
+    conftest.start("AMQP_URL")  # RabbitMQ takes its 15 seconds to start while the first tests use Redis
     directory = tmp_path_factory.mktemp(f"{broker}-{pool}")
     with ExitStack() as stack:
         store = stack.enter_context(a_database())
