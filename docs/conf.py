@@ -187,7 +187,6 @@ _PLACES = {
 _STUBS = {
     "cancel": (-120, 0, "end"),
     "expire": (-120, 0, "end"),
-    "fail": (-120, 0, "end"),
     "retry": (0, -80, "middle"),
 }
 _WIDTH, _HEIGHT = 110, 34
@@ -195,13 +194,12 @@ _WIDTH, _HEIGHT = 110, 34
 
 def svg() -> str:
     """Return the diagram of states and moves."""
-    missing = {*RunState} - {*_PLACES} | {*_STUBS} - {*MOVES}
-    if missing:
-        raise ExtensionError(f"the diagram does not fit the code: {', '.join(missing)}")
+    if missing := {*RunState} - {*_PLACES}:
+        raise ExtensionError(f"the diagram has no place for {', '.join(missing)}")
     arrows: dict[tuple[RunState, RunState], list[str]] = {}
     parts = []
     for name, move in MOVES.items():
-        if name in _STUBS:
+        if name in _STUBS or any(_is_hidden(source, move.target) for source in move.sources):
             parts.append(_stub(name, move.sources, move.target))
             continue
         for source in move.sources:
@@ -252,15 +250,23 @@ def _arrow(source: RunState, target: RunState, name: str, *, bent: bool) -> str:
     )
 
 
+def _is_hidden(source: RunState, target: RunState) -> bool:
+    """Return whether the line between two boxes would run through a third one."""
+    (x1, y1), (x2, y2) = _PLACES[source], _PLACES[target]
+    points = [(x1 + (x2 - x1) * n / 50, y1 + (y2 - y1) * n / 50) for n in range(51)]
+    others = [place for state, place in _PLACES.items() if state not in (source, target)]
+    return any(abs(x - at_x) < _WIDTH / 2 and abs(y - at_y) < _HEIGHT / 2 for x, y in points for at_x, at_y in others)
+
+
 def _stub(name: str, sources: frozenset[RunState], target: RunState) -> str:
     x, y = _PLACES[target]
-    dx, dy, anchor = _STUBS[name]
+    dx, dy, anchor = _STUBS.get(name, (-120, 40, "end"))
     to_x, to_y = _edge(x, y, x + dx, y + dy)
     places = "any live state" if sources == LIVE else ", ".join(s for s in RunState if s in sources)
     return (
         f'<path d="M{x + dx} {y + dy} {to_x:.0f} {to_y:.0f}" marker-end="url(#tip)" stroke-dasharray="5 4"/>'
         f'<text x="{x + dx + (-5 if dx else 0)}" y="{y + dy + (4 if dx else -6)}" text-anchor="{anchor}">'
-        f"{places}: {name}</text>"
+        f"{html.escape(places)}: {name}</text>"
     )
 
 
