@@ -239,27 +239,35 @@ def test_apply_async_costs_one_statement(app: Celery, counter: Counter) -> None:
     counter.assert_sent(5)
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_a_run_costs_a_start_a_claim_its_steps_and_a_finish(
-    app: Celery, store: Database, counter: Counter, steps: int
-) -> None:
-    task = task_of(app, steps)
+def test_a_run_costs_a_start_a_claim_its_steps_and_a_finish(app: Celery, counter: Counter) -> None:
+    tasks = {steps: task_of(app, steps) for steps in (0, 3)}
+    counter.reset()
     with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=30):
-        task.apply_async().get(timeout=20)  # opens the connections
-        wait_until_delivered(store, counter)
-        counter.reset()
+        tasks[0].apply_async().get(timeout=20)  # opens the connections
+        wait_until_delivered(counter)
+        for steps, task in tasks.items():
+            counter.reset()
 
-        handle = task.apply_async()
-        assert handle.get(timeout=20) == steps
-        wait_until_delivered(store, counter, handle.id)
+            assert task.apply_async().get(timeout=20) == steps
+            wait_until_delivered(counter)
 
-        counter.assert_sent(1 + 1 + steps + 2, beside=is_check_in)
+            counter.assert_sent(1 + 1 + steps + 2, beside=is_check_in)
 
 
-def wait_until_delivered(store: Database, counter: Counter, run_id: str | None = None) -> None:
+def test_a_worker_inside_this_process_leaves_no_thread_behind(app: Celery) -> None:
+    before = {thread.ident for thread in threading.enumerate() if thread.name == "durable-keeper"}
+
+    with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=30):
+        pass
+
+    left = [thread for thread in threading.enumerate() if thread.name == "durable-keeper"]
+    assert [thread for thread in left if thread.ident not in before] == []
+
+
+def wait_until_delivered(counter: Counter) -> None:
     """Wait by reading the server's log, because asking the store would count."""
     for _ in range(400):
-        if any("UPDATE durable_run SET due_at=NULL" in statement for statement in counter.statements()):
+        if any("SET due_at=$1" in statement for statement in counter.statements()):
             return
         threading.Event().wait(0.02)
     raise AssertionError(f"not delivered: {counter.statements()}")
