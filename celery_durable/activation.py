@@ -17,7 +17,7 @@ from celery import Celery, states
 from celery.exceptions import Ignore, Reject, Retry
 
 from celery_durable import signals
-from celery_durable.codec import Signature, dump_error, load_error
+from celery_durable.codec import Signature, dump_error, load_error, text_of
 from celery_durable.engine.context import Context, Rules
 from celery_durable.engine.outcome import Cancelled, Completed, Failed, Lost, Outcome, Suspended
 from celery_durable.engine.runner import execute
@@ -194,7 +194,7 @@ def _tell_celery(task: Task, request: Any, context: Context, outcome: Outcome) -
             signals.run_succeeded.send(sender=task, run_id=request.id, result=value)
             return value
         case Failed(error, code):
-            why = f"{type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {text_of(error)}"
             _finish(task, context, "fail", error=dump_error(error), error_code=code, why=why)
             signals.run_failed.send(sender=task, run_id=request.id, exception=error, code=code)
             raise error

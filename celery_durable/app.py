@@ -46,10 +46,10 @@ class Durable:
     def runtime(self) -> Runtime:
         """The settings and the store."""
         if self._runtime is None:
-            # The whole configuration by name: a mapping view would miss what a config object defines.
-            found = {key: self.app.conf[key] for key in self.app.conf if str(key).startswith("durable_")}
-            self._runtime = Runtime(Settings.read(found, self._overrides))
-            _hide_password(self.app, self._runtime)
+            found = _configured(self.app)
+            if self._runtime is None:  # reading the configuration may have led here already
+                self._runtime = Runtime(Settings.read(found, self._overrides))
+                _hide_password(self.app, self._runtime)
         return self._runtime
 
     @property
@@ -139,6 +139,13 @@ class Runs:
         if moved:
             dispatch.send_stored(self._durable.app, runtime, [run_id])
         return moved
+
+
+def _configured(app: Celery) -> dict[str, Any]:
+    """Return the app's `durable_*` settings, also where its configuration object has a namespace."""
+    namespace = f"{app.namespace.lower()}_" if app.conf is not None and app.namespace else ""
+    names = {str(key).lower().removeprefix(namespace) for key in app.conf}
+    return {name: app.conf[name] for name in names if name.startswith("durable_")}
 
 
 def _hide_password(app: Celery, runtime: Runtime) -> None:

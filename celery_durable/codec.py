@@ -7,6 +7,7 @@ would come back different in kind is refused, and the message says which annotat
 import hashlib
 import inspect
 import json
+import re
 import sys
 import traceback
 import typing
@@ -22,6 +23,11 @@ from celery_durable.errors import PayloadError, RunFailed
 
 _PLAIN = (str, int, float, bool, type(None))
 _TRACEBACK_LIMIT = 16_000
+_HALF = "{} holds half of a surrogate pair, which is no text; replace it"
+#: An escaped half of a surrogate pair without its other half.
+_HALF_PAIR = re.compile(
+    r"\\ud[89ab][0-9a-f]{2}(?!\\ud[c-f][0-9a-f]{2})|(?<!\\ud[89ab][0-9a-f]{2})\\ud[c-f][0-9a-f]{2}", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +93,12 @@ def checked(text: str, label: str, max_bytes: int) -> str:
     """
     if "\\u0000" in text and "\\u0000" in text.replace("\\\\", ""):
         raise PayloadError(f"{label} holds a NUL character, which PostgreSQL cannot store; strip it or encode it")
+    if "\\ud" in text.lower() and _HALF_PAIR.search(text.replace("\\\\", "")):
+        raise PayloadError(_HALF.format(label))
     try:
         size = len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError:
-        raise PayloadError(f"{label} holds half of a surrogate pair, which is no text; replace it") from None
+        raise PayloadError(_HALF.format(label)) from None
     if size > max_bytes:
         raise PayloadError(
             f"{label} is {size:,} bytes, over durable_max_payload ({max_bytes:,}); store its address instead"
@@ -194,7 +202,12 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 def fingerprint(*values: Any) -> str:
     """Return 16 hex digits that are equal for equal values, whatever their types can say of themselves."""
-    text = pydantic_core.to_json(values, fallback=lambda value: type(value).__qualname__, inf_nan_mode="strings")
+    try:
+        text = pydantic_core.to_json(
+            values, fallback=lambda value: type(value).__qualname__, inf_nan_mode="strings", bytes_mode="hex"
+        )
+    except (pydantic_core.PydanticSerializationError, ValueError):  # half a surrogate pair, a cycle
+        text = ",".join(type(value).__qualname__ for value in values).encode()
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
@@ -203,9 +216,13 @@ def dump_error(error: BaseException) -> str:
     return json.dumps(
         {
             "type": f"{type(error).__module__}:{type(error).__qualname__}",
-            "message": _printable(str(error)),
+            "message": _printable(text_of(error)),
             "args": _json_or_none(list(error.args)),
-            "attributes": _json_or_none({k: v for k, v in vars(error).items() if not k.startswith("__")}),
+            "attributes": {
+                name: kept
+                for name, value in vars(error).items()
+                if not name.startswith("__") and ((kept := _json_or_none(value)) is not None or value is None)
+            },
             "traceback": _printable("".join(traceback.format_exception(error))[-_TRACEBACK_LIMIT:]),
         }
     )
@@ -224,10 +241,21 @@ def load_error(text: str) -> BaseException:
         found = getattr(found, part, None)
     if not (isinstance(found, type) and issubclass(found, Exception)) or stored["args"] is None:
         return RunFailed(name, stored["message"])
-    error = found.__new__(found, *stored["args"])
-    error.args = tuple(stored["args"])
-    error.__dict__.update(stored["attributes"] or {})
+    try:
+        error = found.__new__(found, *stored["args"])
+        error.args = tuple(stored["args"])
+        error.__dict__.update(stored["attributes"])
+    except Exception:  # a class may ask of its construction whatever it likes
+        return RunFailed(name, stored["message"])
     return error
+
+
+def text_of(error: BaseException) -> str:
+    """Return what an error says of itself, nothing where it cannot."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def _adapter_of(annotation: Any, label: str) -> TypeAdapter[Any] | None:

@@ -4,6 +4,7 @@ A policy is a value: an attempt's number and its error go in, a delay or None co
 alike for steps and for whole runs, and nobody waits after the last attempt.
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,14 +51,19 @@ class RetryPolicy:
     step: float | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_attempts <= MAX_ATTEMPTS:
+        attempts: Any = self.max_attempts
+        if not (isinstance(attempts, int) and 1 <= attempts <= MAX_ATTEMPTS):
             raise UsageError(f"expected max_attempts from 1 to {MAX_ATTEMPTS}, got: {self.max_attempts!r}")
-        if self.factor < 1:
+        if not 1 <= self.factor < math.inf:
             raise UsageError(f"expected a factor of at least 1, got: {self.factor!r}")
-        if not 0 <= self.min_delay <= self.max_delay:
+        if not 0 <= self.min_delay <= self.max_delay < math.inf:
             raise UsageError(
                 f"expected 0 <= min_delay <= max_delay, got: min_delay={self.min_delay!r}, max_delay={self.max_delay!r}"
             )
+        for name in ("retry_on", "give_up_on"):
+            classes = getattr(self, name)
+            if not isinstance(classes, tuple) or not all(_is_error_class(each) for each in classes):
+                raise UsageError(f"expected {name} as a tuple of error classes, got: {classes!r}")
 
     @classmethod
     def none(cls) -> Self:
@@ -147,6 +153,10 @@ class RetryPolicy:
         if isinstance(error, ValidationError) or (isinstance(error, DurableError) and not error.retryable):
             return False  # the same input would fail the same way
         return isinstance(error, self.retry_on) and not isinstance(error, self.give_up_on)
+
+
+def _is_error_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseException)
 
 
 def _as_delay(value: Seconds) -> timedelta:

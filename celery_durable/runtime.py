@@ -26,6 +26,11 @@ class Runtime:
         # One shared byte: pool processes that were forked see what the main process writes.
         self._draining = mmap.mmap(-1, 1)
 
+    def become_worker(self, name: str) -> None:
+        """Say that this process, and those it forks, are the worker `name`."""
+        self.worker, self.is_worker = name, True
+        self._draining[0] = 0
+
     def is_draining(self) -> bool:
         """Return whether this worker shuts down and wants its runs back."""
         return self._draining[0] != 0

@@ -22,6 +22,12 @@ def _positive(value: timedelta) -> timedelta:
     return value
 
 
+def _not_negative(value: timedelta) -> timedelta:
+    if value < timedelta():
+        raise ValueError(f"expected 0 seconds or more, got: {value.total_seconds():g}")
+    return value
+
+
 Length = Annotated[timedelta, AfterValidator(_positive)]
 
 
@@ -39,7 +45,7 @@ class Settings(BaseModel):
     #: How often the store is looked at for what is due.
     sweep_interval: Length = timedelta(seconds=5)
     #: Delays shorter than this are slept in the worker, longer ones suspend.
-    inline_delay: timedelta = timedelta(seconds=1)
+    inline_delay: Annotated[timedelta, AfterValidator(_not_negative)] = timedelta(seconds=1)
     #: The retry policy of runs whose task names none.
     retry: RetryPolicy = RetryPolicy()
     #: What happens when code and record differ.

@@ -58,7 +58,8 @@ MOVES: dict[str, Move] = {
     "recover": _move(RunState.RUNNING, to=RunState.PENDING, meaning="the lease ran out"),
     "wake": _move(*SUSPENDED, to=RunState.PENDING, meaning="its time or event has come"),
     "succeed": _move(RunState.RUNNING, to=RunState.SUCCEEDED, meaning="the body returned"),
-    "fail": _move(RunState.RUNNING, RunState.PENDING, to=RunState.FAILED, meaning="it cannot go on"),
+    "fail": _move(RunState.RUNNING, to=RunState.FAILED, meaning="it cannot go on"),
+    "give_up": _move(RunState.PENDING, to=RunState.FAILED, meaning="its message cannot be read"),
     "expire": _move(
         RunState.PENDING, RunState.DELAYED, RunState.QUEUED, to=RunState.EXPIRED, meaning="not begun in time"
     ),

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from types import CodeType
-from typing import Any, Literal, cast
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 from celery import Celery, Task, shared_task
 from celery.canvas import Signature as TaskSignature
@@ -36,6 +36,9 @@ from celery_durable.store.runs import NewRun
 from celery_durable.worker.control import MARK
 
 OnDivergence = Literal["ignore", "warn", "fail"]
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
 
 
 class DurableTask(Task):  # type: ignore[misc]
@@ -63,10 +66,15 @@ class DurableTask(Task):  # type: ignore[misc]
         super().__init_subclass__(**options)
         if inspect.iscoroutinefunction(inspect.unwrap(getattr(cls.run, "__func__", cls.run))):
             raise UsageError(f"a durable task expects a plain function, got: the coroutine function {cls.__name__!r}")
-        given = cls.__dict__.get("retry")
-        if isinstance(given, RetryPolicy):  # the option's name is that of a method
-            cls.retry_policy = given
+        if isinstance(cls.__dict__.get("retry"), RetryPolicy):  # the option's name is that of a method
+            cls.retry_policy = cls.__dict__["retry"]
             del cls.retry
+        if cls.retry_policy is not None and not isinstance(cls.retry_policy, RetryPolicy):
+            raise UsageError(f"task {cls.__name__!r} expects retry as a RetryPolicy, got: {cls.retry_policy!r}")
+        if cls.on_divergence not in (None, "ignore", "warn", "fail"):
+            raise UsageError(
+                f"task {cls.__name__!r} expects on_divergence as 'ignore', 'warn' or 'fail', got: {cls.on_divergence!r}"
+            )
 
     # -- what the task is ----------------------------------------------------------------------------
 
@@ -255,6 +263,58 @@ class _Deferred(TaskSignature):  # type: ignore[misc]
         return made[0].to_text()
 
 
+class TaskOf(Protocol[P, R]):
+    """A durable task as type checkers see it; what is not named here is Celery's own."""
+
+    name: str
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the plain function."""
+        ...
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle:
+        """Start a run."""
+        ...
+
+    def apply_async(
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        *,
+        tags: Sequence[str] = (),
+        **options: Any,
+    ) -> RunHandle:
+        """Start a run with options."""
+        ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+@overload
+def durable_task(function: Callable[P, R], /) -> TaskOf[P, R]: ...
+
+
+@overload
+def durable_task(
+    *,
+    bind: Literal[True],
+    retry: RetryPolicy | None = None,
+    version: str | None = None,
+    on_divergence: OnDivergence | None = None,
+    **options: Any,
+) -> Callable[[Callable[Concatenate[Any, P], R]], TaskOf[P, R]]: ...
+
+
+@overload
+def durable_task(
+    *,
+    retry: RetryPolicy | None = None,
+    version: str | None = None,
+    on_divergence: OnDivergence | None = None,
+    **options: Any,
+) -> Callable[[Callable[P, R]], TaskOf[P, R]]: ...
+
+
 def durable_task(
     function: Callable[..., Any] | None = None,
     /,
@@ -273,7 +333,10 @@ def durable_task(
         options: every option of a Celery task.
     """
     if function is None:
-        return functools.partial(durable_task, retry=retry, version=version, on_divergence=on_divergence, **options)
+        chosen_later: Any = functools.partial(
+            durable_task, retry=retry, version=version, on_divergence=on_divergence, **options
+        )
+        return chosen_later
     given = {"retry_policy": retry, "version": version, "on_divergence": on_divergence}
     chosen = {name: value for name, value in given.items() if value is not None}
     return shared_task(**{"base": DurableTask, **chosen, **options})(function)

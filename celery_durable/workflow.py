@@ -65,6 +65,8 @@ def step(
     label = name or getattr(function, "__name__", "")
     if not label or label == "<lambda>":
         raise UsageError("a step of a lambda or a callable object needs a name; write step(…, name='…')")
+    if retry is not None and not isinstance(retry, RetryPolicy):
+        raise UsageError(f"step {label!r} expects retry as a RetryPolicy, got: {retry!r}")
     identity = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', label)}"
     codec = Codec(f"the output of step {label!r}", hints_of(function).get("return", inspect.Parameter.empty))
     policy = retry or RetryPolicy.none()

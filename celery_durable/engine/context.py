@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from celery_durable.codec import Codec, dump_error, fingerprint, load_error
+from celery_durable.codec import Codec, dump_error, fingerprint, load_error, text_of
 from celery_durable.engine.journal import Journal
 from celery_durable.engine.outcome import Lost, Suspend, Suspended
 from celery_durable.errors import DivergenceError, PayloadError, RunCancelled, StoreUnavailable, UsageError
@@ -142,7 +142,7 @@ class Context:
             self._write(failed)
             time.sleep(delay.total_seconds())
             return
-        why = f"attempt {failed.attempts} of {failed.key} failed: {type(error).__name__}: {error}"
+        why = f"attempt {failed.attempts} of {failed.key} failed: {type(error).__name__}: {text_of(error)}"
         self._stop(Suspended(move="back_off", why=why, due_in=delay, record=failed, error=error))
 
     def value(self, name: str, produce: Callable[[], Any], codec: Codec, *, is_gate: bool = False) -> Any:

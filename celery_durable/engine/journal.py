@@ -52,7 +52,6 @@ class Journal:
     def add(self, record: Record) -> None:
         """Note a record that was written now."""
         self._records[record.key] = record
-        self._last = record
 
     def difference(self, key: str, record: Record | None, kind: str, fingerprint: str | None) -> str | None:
         """Say in a sentence how the call under `key` differs from what was recorded, if it does."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from celery_durable.codec import Codec
+from celery_durable.codec import Codec, text_of
 from celery_durable.engine.context import Context, activated
 from celery_durable.engine.outcome import Cancelled, Completed, Failed, Outcome, Suspend, Suspended
 from celery_durable.errors import DurableError, PayloadError, RunCancelled, StoreUnavailable
@@ -47,7 +47,7 @@ def _decide(context: Context, error: Exception) -> Outcome:
     )
     if delay is None:
         return Failed(error, _code_of(context, error))
-    why = f"attempt {context.attempt} failed: {type(error).__name__}: {error}"
+    why = f"attempt {context.attempt} failed: {type(error).__name__}: {text_of(error)}"
     return Suspended(move="back_off", why=why, due_in=delay, error=error, next_attempt=True)
 
 

@@ -194,7 +194,7 @@ class Database:
         state = getattr(driver_error, "sqlstate", None) or ""
         if state in ("42P01", "3F000") or "no such table" in first_line:
             return SchemaError(f"the store {where} has no tables yet; run: celery -A <app> durable migrate")
-        if state == "42703" or "no such column" in first_line:
+        if state == "42703" or "no such column" in first_line or "has no column" in first_line:
             return SchemaError(
                 f"the tables of {where} are older than this release; run: celery -A <app> durable migrate"
             )

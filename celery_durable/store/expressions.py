@@ -59,7 +59,7 @@ def _now_postgresql(element: now, compiler: Any, **options: Any) -> str:
 @compiles(now, "sqlite")
 def _now_sqlite(element: now, compiler: Any, **options: Any) -> str:
     later = compiler.process(element.clauses, **options)
-    shift = f", printf('%+.3f seconds', {later})" if later else ""
+    shift = f", round({later}, 3) || ' seconds'" if later else ""  # null stays null
     return f"strftime('{_SQLITE_FORMAT}', 'now'{shift})"
 
 

@@ -171,10 +171,13 @@ def _run_of(row: Any) -> Run:
 
 
 def _input(envelope: str) -> tuple[list[Any] | None, dict[str, Any] | None]:
-    stored = json.loads(envelope)
-    if stored["is_binary"] or stored["content_type"] != "application/json":
+    try:
+        stored = json.loads(envelope)
+        args, kwargs, _ = (
+            json.loads(stored["body"]) if stored["content_type"] == "application/json" else (None, None, {})
+        )
+    except (ValueError, TypeError, KeyError):
         return None, None
-    args, kwargs, _ = json.loads(stored["body"])
     return args, kwargs
 
 

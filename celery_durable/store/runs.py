@@ -73,7 +73,7 @@ class Due:
     crash_mark: int
     records: int
     queue: str | None
-    sends: int
+    sends: int = 0
 
 
 # -- start and claim ---------------------------------------------------------------------------------
@@ -341,20 +341,14 @@ def renew(conn: Connection, held: Mapping[str, int], *, worker: str, lease: time
     Args:
         held: the process that executes each of them; a run that another process claimed is not renewed.
     """
-    parameters = {
-        "ids": list(held),
-        "processes": sorted(set(held.values())),
-        "worker": worker,
-        "lease": lease.total_seconds(),
-    }
+    parameters = {"held": list(held.items()), "worker": worker, "lease": lease.total_seconds()}
     conn.execute(_RENEW, given(parameters))
 
 
 _RENEW = (
     sa.update(run)
     .where(
-        run.c.id.in_(bind("ids", expanding=True)),
-        run.c.process.in_(bind("processes", sa.Integer, expanding=True)),
+        sa.tuple_(run.c.id, run.c.process).in_(bind("held", None, expanding=True)),
         run.c.worker == bind("worker"),
         run.c.due_at.is_not(None),
     )
@@ -459,8 +453,8 @@ def fail_unsendable(conn: Connection, run_id: str, *, error: str, why: str) -> b
 @per_dialect
 def _fail_unsendable(insert: Any) -> Together:
     values = {"due_at": None, "error_code": "payload", "finished_at": now()}
-    moved = _moved("fail", run.c.id == _RUN_ID, run.c.state == RunState.PENDING, **values)
-    return Together(moved, [_note("fail", why=bind("why")), _keep_outcome(insert)])
+    moved = _moved("give_up", run.c.id == _RUN_ID, **values)
+    return Together(moved, [_note("give_up", why=bind("why")), _keep_outcome(insert)])
 
 
 def _ids(rows: Iterable[Any]) -> list[str]:
@@ -501,7 +495,7 @@ def time_out(conn: Connection, run_id: str, *, worker: str, error: str, why: str
 @per_dialect
 def _time_out(insert: Any) -> Together:
     values = {"due_at": None, "error_code": "timeout", "finished_at": now()}
-    moved = _moved("fail", run.c.id == _RUN_ID, run.c.state == RunState.RUNNING, run.c.worker == bind("who"), **values)
+    moved = _moved("fail", run.c.id == _RUN_ID, run.c.worker == bind("who"), **values)
     return Together(moved, [_note("fail", why=bind("why")), _keep_outcome(insert)])
 
 

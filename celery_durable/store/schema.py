@@ -48,7 +48,10 @@ def sql(database: Database) -> str:
     configuration.output_buffer = output
     configuration.attributes.update(dialect=database.engine.dialect.name, schema=database.schema)
     command.upgrade(configuration, "head", sql=True)
-    return output.getvalue()
+    if database.schema is None:
+        return output.getvalue()
+    name = database.engine.dialect.identifier_preparer.quote(database.schema)
+    return f"CREATE SCHEMA IF NOT EXISTS {name};\n\nSET search_path TO {name};\n\n{output.getvalue()}"
 
 
 def check(conn: Connection) -> None:

@@ -49,6 +49,7 @@ run = Table(
     Column("finished_at", Instant),
     CheckConstraint(f"state IN ({', '.join(repr(str(s)) for s in RunState)})", name="durable_run_state"),
 )
+Index("durable_run_created", run.c.created_at)
 Index(
     "durable_run_due", run.c.due_at, postgresql_where=run.c.due_at.is_not(None), sqlite_where=run.c.due_at.is_not(None)
 )

@@ -33,13 +33,14 @@ def check_in(conn: Connection, worker_id: str, name: str, *, seen_for: timedelta
     """Say that a worker is there for another `seen_for`, and look ahead; one statement."""
     parameters = {"worker_id": worker_id, "name": name, "seen_for": seen_for.total_seconds()}
     row = conn.execute(_check_in(conn), given(parameters)).one()
-    return Outlook(max(1, row.workers), row.next_due)
+    return Outlook(1 + row.others, row.next_due)
 
 
 @per_dialect
 def _check_in(insert: Any) -> UpdateBase:
     others = worker.alias("others")
-    count = sa.select(sa.func.count()).select_from(others).where(others.c.seen_until > now())
+    is_another = others.c.id != bind("worker_id")
+    count = sa.select(sa.func.count()).select_from(others).where(others.c.seen_until > now(), is_another)
     soonest = sa.select(seconds_until(sa.func.min(run.c.due_at))).where(run.c.due_at.is_not(None))
     inserted = insert(worker).values(
         id=bind("worker_id"),
@@ -48,7 +49,7 @@ def _check_in(insert: Any) -> UpdateBase:
     )
     statement: UpdateBase = inserted.on_conflict_do_update(
         index_elements=[worker.c.id], set_={"seen_until": inserted.excluded.seen_until}
-    ).returning(count.scalar_subquery().label("workers"), soonest.scalar_subquery().label("next_due"))
+    ).returning(count.scalar_subquery().label("others"), soonest.scalar_subquery().label("next_due"))
     return statement
 
 

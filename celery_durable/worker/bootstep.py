@@ -24,7 +24,7 @@ from celery_durable.messages.dispatch import BROKER_ERRORS
 from celery_durable.runtime import Runtime
 from celery_durable.states import RunState
 from celery_durable.store import runs, schema, workers
-from celery_durable.worker import request
+from celery_durable.worker import control, request
 from celery_durable.worker.request import (
     Deferred,
     Delivered,
@@ -56,8 +56,7 @@ class Keeper(bootsteps.StartStopStep):  # type: ignore[misc]
         super().__init__(worker, **options)
         self._runtime: Runtime = worker.app.durable.runtime
         # Before the fork, so that the pool's processes know whose they are.
-        self._runtime.worker = f"{worker.hostname}/{uuid.uuid4().hex[:8]}"
-        self._runtime.is_worker = True
+        self._runtime.become_worker(f"{worker.hostname}/{uuid.uuid4().hex[:8]}")
         self._thread: KeeperThread | None = None
 
     def create(self, worker: Any) -> Any:
@@ -65,6 +64,7 @@ class Keeper(bootsteps.StartStopStep):  # type: ignore[misc]
         pool = worker.pool_cls if isinstance(worker.pool_cls, str) else worker.pool_cls.__module__
         if "eventlet" in pool:
             raise SystemExit("durable tasks do not run on the eventlet pool, whose database driver blocks; use gevent")
+        control.drain_before_soft_shutdown(worker, self._runtime.drain)
         return self
 
     def start(self, worker: Any) -> None:
@@ -81,7 +81,9 @@ class Keeper(bootsteps.StartStopStep):  # type: ignore[misc]
     def stop(self, worker: Any) -> None:
         """Do nothing: the pool stops after this step, and its runs need their leases until then."""
 
-    terminate = stop
+    def terminate(self, worker: Any) -> None:
+        """End the thread: the pool is killed next, and its runs are taken up when their leases run out."""
+        self._on_shutdown()
 
     def info(self, worker: Any) -> dict[str, Any]:
         """Return what `celery inspect stats` shows."""
@@ -91,8 +93,10 @@ class Keeper(bootsteps.StartStopStep):  # type: ignore[misc]
         self._runtime.drain()
 
     def _on_shutdown(self, **_: Any) -> None:
-        if self._thread is not None:
-            self._thread.finish()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.finish()
+            self._runtime.is_worker = False
 
 
 class KeeperThread(threading.Thread):

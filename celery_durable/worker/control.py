@@ -5,6 +5,7 @@ Each is one wrapped function; see `docs/adr/0003-seams.md`. Nothing here talks t
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from celery import bootsteps, signals
@@ -40,6 +41,22 @@ def _also_stored(revoke: Any) -> Any:
 def _on_revoked(sender: Any = None, request: Any = None, expired: bool = False, **_: Any) -> None:
     if getattr(sender, "Request", None) == f"{DurableRequest.__module__}:{DurableRequest.__qualname__}":
         notes.put(Revoked(request.id, bool(expired)))
+
+
+def drain_before_soft_shutdown(worker: Any, drain: Callable[[], None]) -> None:
+    """Have runs handed back during `worker_soft_shutdown_timeout`.
+
+    Celery waits that long inside its signal handler, before it says to anyone that the worker shuts down.
+    """
+    wait = getattr(worker, "wait_for_soft_shutdown", None)
+    if wait is None:  # Celery before 5.5.1
+        return
+
+    def drain_and_wait() -> None:
+        drain()
+        wait()
+
+    worker.wait_for_soft_shutdown = drain_and_wait
 
 
 class UnknownTasks(bootsteps.Step):  # type: ignore[misc]

@@ -106,7 +106,10 @@ def upgrade() -> None:
     )
     if op.get_context().dialect.name == "postgresql":
         # Every run is moved a few times soon after its start; its new versions find room on its page.
-        op.execute("ALTER TABLE durable_run SET (fillfactor = 80)")
+        name = op.get_context().dialect.identifier_preparer.format_table(
+            sa.table("durable_run", schema=op.get_context().version_table_schema)
+        )
+        op.execute(f"ALTER TABLE {name} SET (fillfactor = 80)")
 
 
 def downgrade() -> None:
