@@ -11,8 +11,10 @@ import importlib
 import os
 import signal
 import sqlite3
+from collections.abc import Mapping
 from typing import Any
 
+import psycopg
 import sqlalchemy as sa
 from kombu.message import Message
 from kombu.messaging import Producer
@@ -112,36 +114,39 @@ def _where() -> str:
     return "main" if os.getpid() == os.getpgrp() else "child"
 
 
-def _summary(context: Any) -> str:
+def _summary(statement: str, values: Mapping[str, Any]) -> str:
     """Name a statement by what it does, so that a failing point can be read."""
-    words = " ".join(context.statement.split())
+    words = " ".join(statement.split())
     verb = next((v for v in ("INSERT INTO", "UPDATE", "DELETE FROM", "SELECT") if v in words), "?")
     table = words.partition(verb if verb != "SELECT" else " FROM ")[2].split()[:1]
-    values = _values(context)
     what = [str(values[name]) for name in ("state", "p_key", "p_step_state") if name in values]
     return " ".join([verb, *table, *what])
 
 
-def _values(context: Any) -> dict[str, Any]:
-    values: dict[str, Any] = (getattr(context, "compiled_parameters", None) or [{}])[0]
+def _values(context: Any) -> Mapping[str, Any]:
+    values: Mapping[str, Any] = (getattr(context, "compiled_parameters", None) or [{}])[0]
     return values
 
 
-def _concerns_the_run(context: Any) -> bool:
-    values = _values(context)
+def _concerns_the_run(values: Any) -> bool:
     # Leases are renewed by the clock, so those statements come as often as the machine is slow.
-    return RUN_ID in repr(values) and not {"p_ids", "p_lease"} <= values.keys()
+    return RUN_ID in repr(values) and not {"p_ids", "p_lease"} <= set(values)
 
 
 def _before_execute(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-    if _concerns_the_run(context):
-        point(f"{_where()} before {_summary(context)}")
+    if _concerns_the_run(_values(context)):
+        point(f"{_where()} before {_summary(statement, _values(context))}")
 
 
 def _after_execute(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-    if _concerns_the_run(context):
-        conn.info["touched"] = _summary(context)
-        point(f"{_where()} after {_summary(context)}")
+    if _concerns_the_run(_values(context)):
+        conn.info["touched"] = _summary(statement, _values(context))
+        point(f"{_where()} after {conn.info['touched']}")
+
+
+def _sent_to_driver(conn: Any, statement: Any, values: Any = None, **_: Any) -> str | None:
+    """Name a statement that goes past SQLAlchemy; its cursors do not come this way."""
+    return _summary(str(statement), values) if values and _concerns_the_run(values) else None
 
 
 def _before_commit(conn: Any) -> None:
@@ -193,6 +198,7 @@ def install() -> None:
     sa.event.listen(sa.engine.Engine, "after_cursor_execute", _after_execute)
     sa.event.listen(sa.engine.Engine, "commit", _before_commit)
     sa.event.listen(sa.pool.Pool, "checkin", _after_transaction)
+    _around(psycopg.Connection, "execute", "driver's", _sent_to_driver)
     _around(Message, "ack", "ack of", _message)
     _around(Message, "reject", "reject of", _message)
     _around(Producer, "publish", "sending", _published)
