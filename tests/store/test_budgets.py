@@ -19,7 +19,7 @@ from celery_durable.states import RunState
 from celery_durable.store import runs, schema, workers
 from celery_durable.store.database import Database
 from celery_durable.worker.bootstep import KeeperThread
-from tests.factory import LEASE, Made, finish, make_record, make_run, new_run, suspend, take
+from tests.factory import LEASE, Made, advance, finish, make_record, make_run, new_run, suspend, take
 from tests.servers import StatementLog
 
 APPLICATION = "celery-durable"
@@ -323,7 +323,8 @@ def test_waking_a_hundred_runs_costs_as_many_statements_as_waking_one(
     task = task_of(app, nap=5)
     sent: list[int] = []
     for count in (1, 100):
-        made = [task.apply_async(countdown=0.001) for _ in range(count)]
+        made = [task.apply_async(countdown=30) for _ in range(count)]
+        advance(store, timedelta(minutes=1))
         counter.reset()
         keeper._pass()
         sent.append(len(counter.statements()))

@@ -103,6 +103,7 @@ def test_a_store_of_another_kind_is_refused(url: str) -> None:
 
 def test_a_store_that_is_out_of_reach_fails_the_start_without_showing_its_password() -> None:
     app = Celery("away", broker="memory://", set_as_current=False)
+    app.conf.task_default_queue = "nobody-else-uses-this"  # messages in memory belong to the whole process
     Durable(app, store_url="postgresql://user:hunter2@127.0.0.1:1/shop")
 
     def body() -> None: ...
@@ -112,7 +113,7 @@ def test_a_store_that_is_out_of_reach_fails_the_start_without_showing_its_passwo
 
     assert "hunter2" not in str(caught.value)
     with app.connection_for_read() as connection:
-        assert connection.default_channel.queue_declare("celery", passive=False).message_count == 0
+        assert connection.default_channel.queue_declare("nobody-else-uses-this").message_count == 0
 
 
 def test_a_store_without_tables_fails_the_start_with_the_command_that_makes_them(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_a_store_without_tables_fails_the_start_with_the_command_that_makes_them
 
     def body() -> None: ...
 
-    with pytest.raises(SchemaError, match="has no tables yet; run: celery -A <app> durable migrate$"):
+    with pytest.raises(SchemaError, match=r"has no tables yet; run: celery -A <app> durable migrate$"):
         task_of(app, body).delay()
     durable.runtime.database.close()
 
