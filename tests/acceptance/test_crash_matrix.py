@@ -18,7 +18,6 @@ from pathlib import Path
 
 import psycopg
 import pytest
-import redis
 from sqlalchemy import make_url
 
 from celery_durable.states import RunState, StepState
@@ -65,7 +64,10 @@ class Stores:
         if self.kind == "postgresql":
             return self._create(template=self._template)
         copy = directory / "store.db"
-        with contextlib.closing(sqlite3.connect(self._file)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+        with (
+            contextlib.closing(sqlite3.connect(self._file)) as source,
+            contextlib.closing(sqlite3.connect(copy)) as target,
+        ):
             source.backup(target)
         return f"sqlite:///{copy}"
 
@@ -116,9 +118,7 @@ class Life:
 
     def live(self) -> Stage:
         """Let it all happen; yields while there is nothing to do but wait."""
-        self._work(
-            TEST_CRASH_POINTS=str(self.points), TEST_CRASH_AT=str(self.crash_at), TEST_CRASH_WHOM=self.whom
-        )
+        self._work(TEST_CRASH_POINTS=str(self.points), TEST_CRASH_AT=str(self.crash_at), TEST_CRASH_WHOM=self.whom)
         # The run comes to a worker that is up, so that nobody sends its message twice and shifts the points.
         yield from self._until(lambda: " ready." in (self.directory / "worker1.log").read_text(), "the worker")
         starter = self._start("tests.acceptance.crash_project", log="start.log")
@@ -141,7 +141,9 @@ class Life:
         lines = self.ledger.read_text().splitlines()
         with contextlib.closing(sqlite3.connect(self.directory / "side.db")) as side:
             (rows,) = side.execute("SELECT count(*) FROM side").fetchone()
-        wrong = [f"{key} ran {lines.count(EFFECTS[key])} times" for key in self.recorded if lines.count(EFFECTS[key]) != 1]
+        wrong = [
+            f"{key} ran {lines.count(EFFECTS[key])} times" for key in self.recorded if lines.count(EFFECTS[key]) != 1
+        ]
         wrong += [f"{key} never ran" for key, effect in EFFECTS.items() if effect not in lines]
         if self.tried and lines.count("retried failed") != 1:
             wrong.append("the failed attempt was repeated")
@@ -207,7 +209,15 @@ class Life:
 
     def _work(self, **environment: str) -> None:
         number = len(self.workers) + 1
-        arguments = ["-A", "tests.acceptance.crash_project", "worker", "-l", "INFO", "-n", f"w{number}@{self.directory.name}"]
+        arguments = [
+            "-A",
+            "tests.acceptance.crash_project",
+            "worker",
+            "-l",
+            "INFO",
+            "-n",
+            f"w{number}@{self.directory.name}",
+        ]
         arguments += ["-P", self.pool, "-c", "1", "--without-mingle", "--without-gossip", "--without-heartbeat"]
         self.workers.append(self._start("celery", *arguments, log=f"worker{number}.log", **environment))
 
@@ -333,4 +343,3 @@ def test_a_run_survives_a_kill_at_each_of_its_boundaries(
     wrong = matrix.play(points)
 
     assert not wrong, wrong
-

@@ -18,7 +18,6 @@ import redis
 
 from celery_durable.messages import dispatch
 from celery_durable.states import RunState
-from celery_durable.store.runs import Stored
 from tests import servers
 from tests.acceptance.harness import Project, Worker, wait_until
 
@@ -276,11 +275,12 @@ def stored_result(project: Project, handle: Any) -> bytes | None:
 
 
 def send_copy(tasks: ModuleType, handle: Any) -> None:
-    stored = Stored(handle.id, handle.run.envelope, attempt=1, is_begun=True)
-    assert dispatch.resume_all(tasks.app, [stored])
+    dispatch.send_stored(tasks.app, tasks.app.durable.runtime, [handle.id])
 
 
-def test_copies_of_a_message_execute_its_run_once_and_leave_its_result_alone(project: Project, tasks: ModuleType) -> None:
+def test_copies_of_a_message_execute_its_run_once_and_leave_its_result_alone(
+    project: Project, tasks: ModuleType
+) -> None:
     handle = tasks.three.delay(1.5)
     for _ in range(3):
         send_copy(tasks, handle)
@@ -322,9 +322,7 @@ def test_every_run_survives_a_broker_that_was_emptied(project: Project, tasks: M
     assert all(len(project.lines("double", h.id)) == 2 for h in [*asleep, *pending])
 
 
-def test_runs_survive_a_restart_of_the_broker(
-    tmp_path: Path, fresh_postgres_url: str, redis_url: str
-) -> None:
+def test_runs_survive_a_restart_of_the_broker(tmp_path: Path, fresh_postgres_url: str, redis_url: str) -> None:
     broker = servers.redis(tmp_path / "broker")
     project = Project(tmp_path, store=fresh_postgres_url, broker=broker.url, backend=redis_url)
     tasks = load(project)
