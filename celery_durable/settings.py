@@ -46,6 +46,8 @@ class Settings(BaseModel):
     sweep_interval: Length = timedelta(seconds=5)
     #: Delays shorter than this are slept in the worker, longer ones suspend.
     inline_delay: Annotated[timedelta, AfterValidator(_not_negative)] = timedelta(seconds=1)
+    #: A start that is nearer than this rides on the broker's own countdown as well; never on RabbitMQ.
+    eta_horizon: Annotated[timedelta, AfterValidator(_not_negative)] = timedelta(seconds=5)
     #: The retry policy of runs whose task names none.
     retry: RetryPolicy = RetryPolicy()
     #: What happens when code and record differ.

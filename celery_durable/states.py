@@ -51,7 +51,8 @@ def _move(*sources: RunState, to: RunState, meaning: str) -> Move:
 
 
 MOVES: dict[str, Move] = {
-    "claim": _move(RunState.PENDING, to=RunState.RUNNING, meaning="a worker took the message"),
+    # A delayed run is claimed when its time has come; see the setting `durable_eta_horizon`.
+    "claim": _move(RunState.PENDING, RunState.DELAYED, to=RunState.RUNNING, meaning="a worker took the message"),
     "suspend": _move(RunState.RUNNING, to=RunState.WAITING, meaning="the body waits"),
     "back_off": _move(RunState.RUNNING, to=RunState.RETRYING, meaning="an attempt failed"),
     "release": _move(RunState.RUNNING, to=RunState.PENDING, meaning="the worker hands the run back"),

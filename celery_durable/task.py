@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from types import CodeType
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -36,6 +36,9 @@ from celery_durable.store.runs import NewRun
 from celery_durable.worker.control import MARK
 
 OnDivergence = Literal["ignore", "warn", "fail"]
+
+#: So much after its time a message that was sent ahead comes; before it, the store would refuse it.
+_AFTER_DUE = 0.05
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
@@ -138,11 +141,12 @@ class DurableTask(Task):  # type: ignore[misc]
             return cast(RunHandle, super().apply_async(args, kwargs, task_id, producer, *positional, **options))
         sent_args, sent_kwargs = self.parameters.dump(args or (), kwargs or {})
         task_id = task_id or uuid()
-        store = functools.partial(
-            self._store, task_id, _start_time(self.app, eta), countdown or 0, tuple(tags), options
-        )
+        start = _start_time(self.app, eta) or timedelta(seconds=max(countdown or 0, 0))
         options["headers"] = {**(options.get("headers") or {}), MARK: True}
         with self.app.producer_or_acquire(producer) as sender:
+            if near := _is_near(sender, start, self.runtime.settings.eta_horizon):
+                options["countdown"] = _seconds_to(start) + _AFTER_DUE
+            store = functools.partial(self._store, task_id, start, tuple(tags), near)
             storing = StoringProducer(sender, task_id, store)
             try:
                 return cast(
@@ -152,17 +156,11 @@ class DurableTask(Task):  # type: ignore[misc]
                 raise error.__cause__ if isinstance(error.__cause__, DurableError) else error from error.__cause__
 
     def _store(
-        self,
-        task_id: str,
-        eta: datetime | None,
-        countdown: float,
-        tags: tuple[str, ...],
-        options: dict[str, Any],
-        envelope: Envelope,
+        self, task_id: str, start: datetime | timedelta, tags: tuple[str, ...], send_ahead: bool, envelope: Envelope
     ) -> bool:
+        """Store the run; return whether its message is to be sent now."""
         runtime = self.runtime
         checked(envelope.body, f"the input of {self.name}", runtime.settings.max_payload)
-        is_delayed = eta is not None or countdown > 0
         new = NewRun(
             id=task_id,
             task=self.name,
@@ -174,9 +172,11 @@ class DurableTask(Task):  # type: ignore[misc]
             root_id=envelope.headers.get("root_id"),
             tags=json.dumps(tags) if tags else None,
         )
-        due_in = timedelta(seconds=countdown) if is_delayed else runtime.settings.sweep_interval
-        is_new = runtime.execute(lambda conn: runs.start(conn, new, due_in=due_in, due_at=eta, delayed=is_delayed))
-        return is_new and not is_delayed
+        is_delayed = start != timedelta()
+        due_in = start if isinstance(start, timedelta) and is_delayed else runtime.settings.sweep_interval
+        due_at = start if isinstance(start, datetime) else None
+        is_new = runtime.execute(lambda conn: runs.start(conn, new, due_in=due_in, due_at=due_at, delayed=is_delayed))
+        return is_new and (send_ahead or not is_delayed)
 
     def AsyncResult(self, task_id: str, **options: Any) -> RunHandle:
         """Return the handle of a run of this task."""
@@ -344,6 +344,18 @@ def durable_task(
 
 def _start_time(app: Celery, eta: datetime | None) -> datetime | None:
     return None if eta is None else maybe_make_aware(eta, tz=app.timezone)
+
+
+def _is_near(producer: Producer, start: datetime | timedelta, horizon: timedelta) -> bool:
+    """Return whether the broker may carry the message ahead of its time.
+
+    RabbitMQ hands such messages out a few a second and holds back what is queued behind them.
+    """
+    return 0 < _seconds_to(start) <= horizon.total_seconds() and producer.connection.transport.driver_type != "amqp"
+
+
+def _seconds_to(start: datetime | timedelta) -> float:
+    return (start - datetime.now(UTC) if isinstance(start, datetime) else start).total_seconds()
 
 
 def _fingerprint_of(function: Callable[..., Any]) -> str:

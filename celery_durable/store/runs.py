@@ -128,7 +128,9 @@ def claim(conn: Connection, new: NewRun, *, worker: str, process: int, lease: ti
 
 @per_dialect
 def _claim(insert: Any) -> Together:
-    is_pending = run.c.state.in_(MOVES["claim"].sources)
+    is_ready = sa.and_(
+        run.c.state.in_(MOVES["claim"].sources), sa.or_(run.c.state != RunState.DELAYED, run.c.due_at <= now())
+    )
     is_undelivered = sa.and_(run.c.state.in_(TERMINAL), run.c.due_at.is_not(None), run.c.worker.is_(None))
     seen = run.alias("seen")
     inserted = insert(run).values(
@@ -147,17 +149,17 @@ def _claim(insert: Any) -> Together:
     claimed = inserted.on_conflict_do_update(
         index_elements=[run.c.id],
         set_={
-            "state": sa.case((is_pending, RunState.RUNNING), else_=run.c.state),
+            "state": sa.case((is_ready, RunState.RUNNING), else_=run.c.state),
             "epoch": run.c.epoch + 1,
             "due_at": excluded.due_at,
             "worker": excluded.worker,
             "process": excluded.process,
-            "version": sa.case((is_pending, excluded.version), else_=run.c.version),
+            "version": sa.case((is_ready, excluded.version), else_=run.c.version),
             "started_at": sa.func.coalesce(run.c.started_at, excluded.started_at),
             "sends": 0,
             "wait": None,
         },
-        where=sa.or_(is_pending, is_undelivered),
+        where=sa.or_(is_ready, is_undelivered),
     ).returning(
         run.c.id,
         run.c.epoch,
