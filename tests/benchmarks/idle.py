@@ -12,7 +12,7 @@ PER_SECOND = 1 / 5
 
 
 def measure(setting: Setting) -> list[Result]:
-    seconds = 15.0 if setting.is_quick else 60.0
+    seconds = 10.0 if setting.is_quick else 60.0
     logs: dict[int, servers.StatementLog] = {}
     with contextlib.ExitStack() as stack:
         for count in (1, 4):
@@ -21,7 +21,7 @@ def measure(setting: Setting) -> list[Result]:
             logs[count].enable()
             for _ in range(count):
                 stack.enter_context(setting.worker(store=store, concurrency=1))
-        time.sleep(5 if setting.is_quick else 30)  # until each of the four knows of the others
+        time.sleep(5 if setting.is_quick else 20)  # until each of the four knows of the others
         marks = {count: log.mark() for count, log in logs.items()}
         time.sleep(seconds)
         sent = {count: len(log.statements(APPLICATION, since=marks[count])) for count, log in logs.items()}

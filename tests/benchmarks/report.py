@@ -23,12 +23,12 @@ class Result:
     what: str
     target: str
     measured: str
-    is_met: bool
+    is_met: bool | None
     absolute: str
 
     def row(self) -> str:
         """Return the row as Markdown."""
-        met = "yes" if self.is_met else "**no**"
+        met = {True: "yes", False: "**no**", None: ""}[self.is_met]
         return f"| {self.what} | {self.target} | {self.measured} | {met} | {self.absolute} |"
 
 
@@ -52,19 +52,27 @@ def ratio(
 
     Args:
         unit: of the absolute numbers, after they were multiplied by `scale`.
-        at_most: the target, or else `at_least` is.
+        at_most: the target, or `at_least`; without either it is only reported.
     """
     ratios = [ours / theirs for ours, theirs in pairs]
     middle = statistics.median(ratios)
-    is_met = middle <= at_most if at_most is not None else middle >= (at_least or 0.0)
+    target, is_met = "", None
+    if at_most is not None:
+        target, is_met = f"at most {at_most:g}x", middle <= at_most
+    elif at_least is not None:
+        target, is_met = f"at least {at_least:g}x", middle >= at_least
     ours, theirs = (statistics.median(side) * scale for side in zip(*pairs, strict=True))
     return Result(
         what,
-        f"at most {at_most:g}x" if at_most is not None else f"at least {at_least:g}x",
+        target,
         f"{middle:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
         is_met,
-        f"{ours:,.3g} against {theirs:,.3g} {unit}" if ours < 1000 else f"{ours:,.0f} against {theirs:,.0f} {unit}",
+        f"{_rounded(ours)} against {_rounded(theirs)} {unit}, {len(pairs)} rounds",
     )
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
 
 def bound(what: str, values: Sequence[float], *, at_most: float, unit: str) -> Result:

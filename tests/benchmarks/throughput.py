@@ -17,7 +17,7 @@ TIMEOUT = 120.0
 
 
 def measure(setting: Setting) -> list[Result]:
-    rounds, count = (3, 300) if setting.is_quick else (9, 1000)
+    rounds, count = (3, 200) if setting.is_quick else (7, 1000)
     results = redis.Redis.from_url(setting.environment()["BENCH_BACKEND"])
 
     def drain(task: Any) -> Callable[[], float]:
