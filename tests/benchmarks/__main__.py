@@ -40,7 +40,7 @@ def run(names: list[str] | tuple[str, ...], setting: Setting, *, is_written: boo
         print(f"{name} …", flush=True)
         found = importlib.import_module(f"tests.benchmarks.{name}").measure(setting)
         for result in found:
-            print(f"  {result.what}: {result.measured}; {result.target}; {result.absolute}", flush=True)
+            print(f"  {result.what}: {result.measured}; {result.target or 'no target'}; {result.absolute}", flush=True)
         print(f"  {time.monotonic() - began:.0f} s", flush=True)
         results += found
     text = report.table(results, [setting.postgres.name, setting.redis.name], load)
