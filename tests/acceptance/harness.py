@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,10 +32,8 @@ class Worker:
         """Kill the main process with -9; its children end with it or are killed too."""
         self.process.kill()
         self.process.wait(10)
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
