@@ -170,6 +170,8 @@ def _rules(task: Task) -> Rules:
 
     def on_step(record: Record) -> None:
         signal = signals.step_finished if record.state is StepState.SUCCEEDED else signals.step_failed
+        if not signal.receivers:
+            return
         more = {} if record.state is StepState.SUCCEEDED else {"will_retry": record.state is StepState.RETRYING}
         signal.send(sender=task, run_id=task.request.id, key=record.key, attempts=record.attempts, **more)
 

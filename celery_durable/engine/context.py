@@ -87,7 +87,8 @@ class Context:
         policy: RetryPolicy,
     ) -> Any:
         """Return what the step recorded, or take it and record what comes out."""
-        key, record = self._arrive(name, "step", identity, fingerprint(args, kwargs))
+        print_ = fingerprint(args, kwargs)
+        key, record = self._arrive(name, "step", identity, print_)
         if record is not None and record.state is StepState.SUCCEEDED:
             return codec.load(record.output or "null")
         if record is not None and record.state is StepState.FAILED and record.run_attempt == self.attempt:
@@ -99,7 +100,7 @@ class Context:
             kind="step",
             state=StepState.SUCCEEDED,
             run_attempt=self.attempt,
-            fingerprint=fingerprint(args, kwargs),
+            fingerprint=print_,
         )
         if record is not None and record.state is StepState.RETRYING and record.run_attempt == self.attempt:
             made = replace(made, attempts=record.attempts + 1)

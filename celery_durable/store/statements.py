@@ -54,21 +54,27 @@ class Prepared:
         self._sql: str | None = None
         self._constants: dict[str, Any] = {}
         self._row: Any = None
+        self._has_lists = False
 
     def __call__(self, conn: Connection, parameters: dict[str, Any]) -> Sequence[Any]:
         """Execute the statement on `conn` and return its rows."""
-        has_list = any(isinstance(value, list) for value in parameters.values())
-        if has_list or conn.dialect.name != "postgresql" or "schema_translate_map" in conn.get_execution_options():
+        if not self._goes_straight(conn):
             return conn.execute(cast(Executable, self._statement), given(parameters)).all()
-        if self._sql is None:
-            self._compile(conn.dialect)
         values = self._constants | given(parameters)
         driver: Any = conn.connection.driver_connection
         return list(map(self._row, driver.execute(self._sql, values).fetchall()))
 
+    def _goes_straight(self, conn: Connection) -> bool:
+        if conn.dialect.name != "postgresql" or "schema_translate_map" in conn.get_execution_options():
+            return False
+        if self._sql is None:
+            self._compile(conn.dialect)
+        return not self._has_lists
+
     def _compile(self, dialect: Dialect) -> None:
         compiled: Any = self._statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
         self._constants = {name: value for name, value in compiled.params.items() if not name.startswith("p_")}
+        self._has_lists = any(bound.expanding and name.startswith("p_") for name, bound in compiled.binds.items())
         names = [entry.keyname for entry in compiled._result_columns]
         row: Any = namedtuple("Row", names)  # type: ignore[misc]
         self._row = row._make

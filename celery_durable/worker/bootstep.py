@@ -6,6 +6,7 @@ suspension or finish could not be committed is taken up again. Only this thread 
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import random
@@ -149,6 +150,7 @@ class KeeperThread(threading.Thread):
         self._stopping = threading.Event()
         self._next_pass = 0.0
         self._next_renewal = 0.0
+        self._next_delivery = math.inf
         self._next_chords = time.monotonic() + self._chord_interval
         # Not at the start, when there is most to do, and not in all workers at once.
         self._next_pruning = time.monotonic() + random.uniform(0.5, 1.5) * _PRUNE_EVERY
@@ -214,6 +216,7 @@ class KeeperThread(threading.Thread):
         try:
             self._take_notes(block=0.0)
             self._carry_out_notes()
+            self._deliver()
             self._runtime.database.once(lambda conn: workers.check_out(conn, self._runtime.worker))
         except DurableError as error:
             logger.warning("the worker left without checking out: %s", error)
@@ -231,29 +234,34 @@ class KeeperThread(threading.Thread):
         until = self._next_pass - now
         if request.held():
             until = min(until, self._next_renewal - now, _LOOK_AT_PROCESSES)
-        if self._notes:
-            until = min(until, _LINGER)
-        self._take_notes(block=max(until, 0.0))
+        until = min(until, self._next_delivery - now)
+        self._take_notes(block=0.0 if self._notes else max(until, 0.0))
 
     def _take_notes(self, *, block: float) -> None:
         try:
             self._notes.append(request.notes.get(timeout=block) if block > 0 else request.notes.get_nowait())
-            while not isinstance(self._notes[-1], Orphaned):
-                more = _LINGER if block > 0 and isinstance(self._notes[-1], Delivered) and len(self._notes) == 1 else 0
-                self._notes.append(request.notes.get(timeout=more) if more else request.notes.get_nowait())
+            while True:
+                self._notes.append(request.notes.get_nowait())
         except queue.Empty:
             pass
 
     def _carry_out_notes(self) -> None:
         """Carry out what the event loop has left; what fails stays for the next time."""
-        database, worker = self._runtime.database, self._runtime.worker
-        finished = [note.run_id for note in self._notes if isinstance(note, Delivered)]
-        if finished:
-            database.once(lambda conn: runs.delivered(conn, finished, worker=worker))
-            self._notes = [note for note in self._notes if not isinstance(note, Delivered)]
         while self._notes:
             self._carry_out(self._notes[0])
             self._notes.pop(0)
+        if time.monotonic() >= self._next_delivery:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Note what was delivered so far, in one statement."""
+        finished = list(request.delivered)
+        if finished:
+            self._runtime.database.once(lambda conn: runs.delivered(conn, finished, worker=self._runtime.worker))
+            for _ in finished:
+                request.delivered.popleft()
+        # What came meanwhile has woken nobody.
+        self._next_delivery = time.monotonic() + _LINGER if request.delivered else math.inf
 
     def _carry_out(self, note: Note) -> None:
         database, worker = self._runtime.database, self._runtime.worker
@@ -275,7 +283,7 @@ class KeeperThread(threading.Thread):
             case Deferred(run_id):
                 logger.warning("run %s is of a task that this worker does not know; it is left to another", run_id)
             case Delivered():
-                pass
+                self._next_delivery = min(self._next_delivery, time.monotonic() + _LINGER)
 
     def _cancel(self, run_id: str) -> None:
         resend = self._runtime.settings.sweep_interval

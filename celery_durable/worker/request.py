@@ -7,6 +7,7 @@ import contextlib
 import os
 import queue
 import sys
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,7 @@ CAPTURED = "celery_durable"
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """Celery has stored the outcome of a run and sent its callbacks."""
-
-    run_id: str
+    """There are runs in `delivered`, after there were none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,15 @@ Note = Delivered | Orphaned | DueIn | TimedOut | Revoked | RevokeAsked | Deferre
 
 #: One queue for one worker process, as `celery.worker.state` is.
 notes: "queue.SimpleQueue[Note]" = queue.SimpleQueue()
+#: Runs whose outcome Celery has stored, and told, until the keeper has noted that.
+delivered: "deque[str]" = deque()
+
+
+def note_delivered(run_id: str) -> None:
+    """Leave a run for the keeper; only the first of a batch wakes it, which costs more than the note."""
+    delivered.append(run_id)
+    if len(delivered) == 1:
+        notes.put(Delivered())
 
 
 class DurableRequest(Request):  # type: ignore[misc]
@@ -91,7 +99,7 @@ class DurableRequest(Request):  # type: ignore[misc]
 
         def on_success(self: DurableRequest, outcome: Any, **more: Any) -> Any:
             if not outcome[0]:
-                notes.put(Delivered(self.id))
+                note_delivered(self.id)
             return inherited(self, outcome, **more)
 
         cls.on_success = on_success
@@ -128,7 +136,7 @@ class DurableRequest(Request):  # type: ignore[misc]
         answer = super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
         is_rejected = isinstance(error, Reject) and not error.requeue
         if is_rejected or not isinstance(error, Ignore | Reject | Retry | Terminated):
-            notes.put(Delivered(self.id))
+            note_delivered(self.id)
         return answer
 
     def on_timeout(self, soft: bool, timeout: float) -> None:

@@ -183,8 +183,18 @@ class Life:
         return True
 
     def _look_back(self) -> None:
-        for record in self.database.once(lambda conn: queries.steps_of(conn, self.run_id)):
-            if record.kind == "step" and record.state is StepState.SUCCEEDED:
+        # A run that was taken up again already may have recorded more; what counts is what the killed one had.
+        of_run = f"WHERE run_id = '{self.run_id}'"
+        records, recovered = self.database.once(
+            lambda conn: (
+                conn.exec_driver_sql(f"SELECT key, kind, state, epoch FROM durable_step {of_run}").all(),
+                conn.exec_driver_sql(f"SELECT min(epoch) FROM durable_history {of_run} AND what = 'recover'").scalar(),
+            )
+        )
+        for record in records:
+            if recovered is not None and record.epoch > recovered:
+                continue
+            if record.kind == "step" and record.state == StepState.SUCCEEDED:
                 self.recorded.add(record.key)
             self.tried = self.tried or record.key == "retried"
 
