@@ -1,16 +1,23 @@
 """What a caller gets back for a run it started: Celery's result, and the run behind it."""
 
+import time
 from typing import Any
 
-from celery.result import AsyncResult
+from celery.backends.base import DisabledBackend
+from celery.exceptions import TimeoutError as CeleryTimeout
+from celery.result import AsyncResult, assert_will_not_block
 
-from celery_durable.codec import Codec
-from celery_durable.errors import PayloadError, UsageError
+from celery_durable.codec import Codec, load_error
+from celery_durable.errors import PayloadError, RunCancelled, UsageError
 from celery_durable.messages import dispatch
 from celery_durable.runtime import Runtime
-from celery_durable.states import RunState
+from celery_durable.states import TERMINAL, RunState
 from celery_durable.store import queries, runs
 from celery_durable.store.queries import HistoryEntry, Run, StepRecord
+
+
+class _WaitedTooLong(CeleryTimeout, TimeoutError):  # type: ignore[misc]
+    """Celery's own timeout, and Python's."""
 
 
 class RunHandle(AsyncResult):  # type: ignore[misc]
@@ -62,15 +69,37 @@ class RunHandle(AsyncResult):  # type: ignore[misc]
             dispatch.send_stored(self.app, self._store, [self.id])  # a worker is to tell Celery
         return move is not None
 
-    def get(self, *args: Any, **options: Any) -> Any:
-        """Wait for the result, as `AsyncResult.get` does, and return it as the type that the task declares."""
-        value = super().get(*args, **options)
+    def get(
+        self, timeout: float | None = None, propagate: bool = True, interval: float = 0.5, *args: Any, **options: Any
+    ) -> Any:
+        """Wait for the result, as `AsyncResult.get` does, and return it as the type that the task declares.
+
+        Without a result backend the store is asked, each `interval` seconds.
+        """
+        if isinstance(self.backend, DisabledBackend):
+            return self._get_from_store(timeout, propagate, interval)
+        value = super().get(timeout, propagate, interval, *args, **options)
         if self._codec is None or value is None:
             return value
         try:
             return self._codec.from_json(value)
         except PayloadError:
             return value  # of a task that took this run's id by Celery's `replace`
+
+    def _get_from_store(self, timeout: float | None, propagate: bool, interval: float) -> Any:
+        assert_will_not_block()
+        give_up = None if timeout is None else time.monotonic() + timeout
+        while (run := self.run).state not in TERMINAL:
+            if give_up is not None and time.monotonic() + interval > give_up:
+                raise _WaitedTooLong(f"run {self.id} is {run.state}: {run.wait or 'it goes on'}")
+            time.sleep(interval)
+        result, error = self._store.database.once(lambda conn: runs.outcome_of(conn, self.id))
+        if run.state is RunState.SUCCEEDED:
+            return self._codec.load(result or "null") if self._codec else run.result
+        failure = load_error(error) if error is not None else RunCancelled(f"run {self.id} is {run.state}")
+        if propagate:
+            raise failure
+        return failure
 
     @property
     def _store(self) -> Runtime:

@@ -58,6 +58,8 @@ class Settings(BaseModel):
     max_payload: int = Field(default=1024 * 1024, gt=0)
     #: How many recoveries without a new record end a run as `crash_loop`.
     max_crashes: int = Field(default=5, gt=0)
+    #: How long an idempotency key stays taken.
+    idempotency_ttl: Length = timedelta(days=30)
     #: How long a run is kept after its start, once it has ended and its outcome is delivered.
     retention: Length = timedelta(days=30)
 

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import CodeType
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
@@ -21,11 +22,11 @@ from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
 
 from celery_durable import activation
-from celery_durable.codec import Signature, checked
+from celery_durable.codec import Signature, checked, fingerprint
 from celery_durable.engine import context
 from celery_durable.engine.context import Context
 from celery_durable.engine.outcome import Lost, Suspended
-from celery_durable.errors import DurableError, UsageError
+from celery_durable.errors import ConflictError, DurableError, UsageError
 from celery_durable.handle import RunHandle
 from celery_durable.messages.dispatch import StoringProducer
 from celery_durable.messages.envelope import Envelope
@@ -125,6 +126,8 @@ class DurableTask(Task):  # type: ignore[misc]
         countdown: float | None = None,
         eta: datetime | None = None,
         tags: Sequence[str] = (),
+        idempotency_key: str | None = None,
+        idempotency_ttl: float | timedelta | None = None,
         **options: Any,
     ) -> RunHandle:
         """Store a run and send its message; takes every option of Celery's `apply_async`.
@@ -132,7 +135,12 @@ class DurableTask(Task):  # type: ignore[misc]
         `countdown` and `eta` become a timer in the store. When the broker is away the call succeeds and the
         message follows later.
 
+        Args:
+            idempotency_key: the same key gives the same run, however often it is started.
+            idempotency_ttl: how long the key stays taken, in seconds; `durable_idempotency_ttl` unless given.
+
         Raises:
+            ConflictError: when the key was used for another task or another input.
             PayloadError: when an argument does not fit its annotation; nothing was stored.
             StoreUnavailable: when the store does not answer; nothing was stored, or the call can be repeated
                 under the same `task_id`.
@@ -146,37 +154,19 @@ class DurableTask(Task):  # type: ignore[misc]
         with self.app.producer_or_acquire(producer) as sender:
             if near := _is_near(sender, start, self.runtime.settings.eta_horizon):
                 options["countdown"] = _seconds_to(start) + _AFTER_DUE
-            store = functools.partial(self._store, task_id, start, tuple(tags), near)
-            storing = StoringProducer(sender, task_id, store)
+            storing = _Storing(self, task_id, start, tuple(tags), idempotency_key, idempotency_ttl, send_ahead=near)
             try:
-                return cast(
-                    RunHandle, super().apply_async(sent_args, sent_kwargs, task_id, storing, *positional, **options)
+                handle = super().apply_async(
+                    sent_args,
+                    sent_kwargs,
+                    task_id,
+                    StoringProducer(sender, task_id, functools.partial(storing.store, sent_args, sent_kwargs)),
+                    *positional,
+                    **options,
                 )
             except OperationalError as error:  # Celery takes ours for the broker's where it can
                 raise error.__cause__ if isinstance(error.__cause__, DurableError) else error from error.__cause__
-
-    def _store(
-        self, task_id: str, start: datetime | timedelta, tags: tuple[str, ...], send_ahead: bool, envelope: Envelope
-    ) -> bool:
-        """Store the run; return whether its message is to be sent now."""
-        runtime = self.runtime
-        checked(envelope.body, f"the input of {self.name}", runtime.settings.max_payload)
-        new = NewRun(
-            id=task_id,
-            task=self.name,
-            envelope=envelope.to_text(),
-            queue=envelope.queue or envelope.routing_key,
-            version=self.code_version,
-            group_id=envelope.headers.get("group"),
-            parent_id=envelope.headers.get("parent_id"),
-            root_id=envelope.headers.get("root_id"),
-            tags=json.dumps(tags) if tags else None,
-        )
-        is_delayed = start != timedelta()
-        due_in = start if isinstance(start, timedelta) and is_delayed else runtime.settings.sweep_interval
-        due_at = start if isinstance(start, datetime) else None
-        is_new = runtime.execute(lambda conn: runs.start(conn, new, due_in=due_in, due_at=due_at, delayed=is_delayed))
-        return is_new and (send_ahead or not is_delayed)
+        return cast(RunHandle, handle if storing.run_id == task_id else self.AsyncResult(storing.run_id))
 
     def AsyncResult(self, task_id: str, **options: Any) -> RunHandle:
         """Return the handle of a run of this task."""
@@ -223,6 +213,60 @@ class DurableTask(Task):  # type: ignore[misc]
             runtime.execute(lambda conn: runs.replace(conn, run.run_id, epoch=run.epoch, who=runtime.worker))
             run.stop(Lost())
         return super().on_replace(sig)
+
+
+@dataclass(slots=True)
+class _Storing:
+    """One start on its way into the store; `run_id` is another one where the idempotency key is taken."""
+
+    task: DurableTask
+    run_id: str
+    start: datetime | timedelta
+    tags: tuple[str, ...]
+    key: str | None
+    ttl: float | timedelta | None
+    send_ahead: bool = field(kw_only=True)
+
+    def store(self, args: Any, kwargs: Any, envelope: Envelope) -> bool:
+        """Store the run; return whether its message is to be sent now."""
+        task, runtime = self.task, self.task.runtime
+        checked(envelope.body, f"the input of {task.name}", runtime.settings.max_payload)
+        new = NewRun(
+            id=self.run_id,
+            task=task.name,
+            envelope=envelope.to_text(),
+            queue=envelope.queue or envelope.routing_key,
+            version=task.code_version,
+            group_id=envelope.headers.get("group"),
+            parent_id=envelope.headers.get("parent_id"),
+            root_id=envelope.headers.get("root_id"),
+            tags=json.dumps(self.tags) if self.tags else None,
+            idempotency_key=self.key,
+        )
+        is_delayed = self.start != timedelta()
+        when: dict[str, Any] = {
+            "due_in": self.start if _is_length(self.start) and is_delayed else runtime.settings.sweep_interval,
+            "due_at": None if _is_length(self.start) else self.start,
+            "delayed": is_delayed,
+        }
+        if self.key is None:
+            is_new = runtime.execute(lambda conn: runs.start(conn, new, **when))
+        else:
+            is_new = self._store_once(new, fingerprint(args, kwargs), when)
+        return is_new and (self.send_ahead or not is_delayed)
+
+    def _store_once(self, new: NewRun, print_: str, when: dict[str, Any]) -> bool:
+        runtime = self.task.runtime
+        given = self.ttl if self.ttl is not None else runtime.settings.idempotency_ttl
+        ttl = given if isinstance(given, timedelta) else timedelta(seconds=given)
+        known = runtime.execute(lambda conn: runs.start_once(conn, new, fingerprint=print_, ttl=ttl, **when))
+        if known is None:
+            return True
+        if (known.task, known.fingerprint) != (new.task, print_):
+            other = "another input" if known.task == new.task else f"the task {known.task}"
+            raise ConflictError(f"idempotency key {self.key!r} was used for {other}, by run {known.run_id}")
+        self.run_id = known.run_id
+        return False
 
 
 class _Deferred(TaskSignature):  # type: ignore[misc]
@@ -352,6 +396,10 @@ def _is_near(producer: Producer, start: datetime | timedelta, horizon: timedelta
     RabbitMQ hands such messages out a few a second and holds back what is queued behind them.
     """
     return 0 < _seconds_to(start) <= horizon.total_seconds() and producer.connection.transport.driver_type != "amqp"
+
+
+def _is_length(start: datetime | timedelta) -> bool:
+    return isinstance(start, timedelta)
 
 
 def _seconds_to(start: datetime | timedelta) -> float:

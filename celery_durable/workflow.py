@@ -30,18 +30,28 @@ _ANSWER = Codec("patched()", bool)
 
 @overload
 def step(
-    function: Callable[P, R], /, *, name: str | None = None, retry: RetryPolicy | None = None
+    function: Callable[P, R],
+    /,
+    *,
+    name: str | None = None,
+    retry: RetryPolicy | None = None,
+    transactional: bool = False,
 ) -> Callable[P, R]: ...
 
 
 @overload
 def step(
-    *, name: str | None = None, retry: RetryPolicy | None = None
+    *, name: str | None = None, retry: RetryPolicy | None = None, transactional: bool = False
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
 def step(
-    function: Callable[..., Any] | None = None, /, *, name: str | None = None, retry: RetryPolicy | None = None
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    retry: RetryPolicy | None = None,
+    transactional: bool = False,
 ) -> Any:
     """Make a function whose calls inside a durable task are recorded, as decorator or inline.
 
@@ -53,13 +63,16 @@ def step(
         name: what the record is called; the function's name unless given.
         retry: how often and how soon to try again; one attempt unless given. An attempt's delay shorter
             than `durable_inline_delay` is slept in the worker, a longer one suspends the run.
+        transactional: take the step inside the transaction that commits its record, so that what it writes
+            through `current_run().connection` happens exactly once. For tables in the store's own database;
+            keep it short.
 
     Raises:
         PayloadError: when called, if the output cannot be stored.
         ConflictError: when called, if two functions of one run have the same name.
     """
     if function is None:
-        return functools.partial(step, name=name, retry=retry)
+        return functools.partial(step, name=name, retry=retry, transactional=transactional)
     if inspect.iscoroutinefunction(function):
         raise UsageError(f"step expects a plain function, got: the coroutine function {function.__qualname__!r}")
     label = name or getattr(function, "__name__", "")
@@ -76,7 +89,16 @@ def step(
         run = context.current()
         if run is None or run.step_key is not None:
             return function(*args, **kwargs)
-        return run.step(label, function, args, kwargs, identity=identity, codec=codec, policy=policy)
+        return run.step(
+            label,
+            function,
+            args,
+            kwargs,
+            identity=identity,
+            codec=codec,
+            policy=policy,
+            transactional=transactional,
+        )
 
     return call
 
@@ -160,6 +182,19 @@ class CurrentRun:
     def attempt(self) -> int:
         """The number of the run's attempt, from 1."""
         return self._context.attempt
+
+    @property
+    def connection(self) -> Any:
+        """The SQLAlchemy connection of the transactional step that calls; its transaction is the step's.
+
+        An ORM session joins it by `Session(bind=current_run().connection)`. Do not commit it.
+
+        Raises:
+            UsageError: outside a transactional step.
+        """
+        if self._context.connection is None:
+            raise UsageError("current_run().connection has a meaning inside a @step(transactional=True) only")
+        return self._context.connection
 
     def idempotency_key(self, scope: Literal["step", "run"] = "step") -> str:
         """Return a UUID that stays the same however often this step, or this run, is executed.

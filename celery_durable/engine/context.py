@@ -17,7 +17,14 @@ from typing import Any, Literal
 from celery_durable.codec import Codec, dump_error, fingerprint, load_error, text_of
 from celery_durable.engine.journal import Journal
 from celery_durable.engine.outcome import Lost, Suspend, Suspended
-from celery_durable.errors import DivergenceError, PayloadError, RunCancelled, StoreUnavailable, UsageError
+from celery_durable.errors import (
+    DivergenceError,
+    DurableError,
+    PayloadError,
+    RunCancelled,
+    StoreUnavailable,
+    UsageError,
+)
 from celery_durable.retry import RetryPolicy
 from celery_durable.states import StepState
 from celery_durable.store import runs, steps
@@ -69,6 +76,8 @@ class Context:
         self.journal = Journal(claim.records)
         self.ended: Suspended | Lost | None = None
         self.step_key: str | None = None
+        #: The connection of the transactional step that is being taken.
+        self.connection: Connection | None = None
         self._cancel_requested = claim.cancel_requested
         self._cancel_raised = False
         self._claimed_at = time.monotonic()
@@ -85,6 +94,7 @@ class Context:
         identity: str,
         codec: Codec,
         policy: RetryPolicy,
+        transactional: bool = False,
     ) -> Any:
         """Return what the step recorded, or take it and record what comes out."""
         print_ = fingerprint(args, kwargs)
@@ -106,23 +116,20 @@ class Context:
             made = replace(made, attempts=record.attempts + 1)
             self._wait_out(record, f"before attempt {made.attempts} of {key}")
         self._stop_if_draining()
-        return codec.load(self._attempts(made, function, args, kwargs, codec, policy))
 
-    def _attempts(
-        self,
-        made: Record,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        codec: Codec,
-        policy: RetryPolicy,
-    ) -> str:
+        def take() -> str:
+            with self._inside(key):
+                return codec.dump(function(*args, **kwargs), self.rules.max_payload)
+
+        return codec.load(self._attempts(made, take, policy, transactional=transactional))
+
+    def _attempts(self, made: Record, take: Callable[[], str], policy: RetryPolicy, *, transactional: bool) -> str:
         while True:
             began = time.monotonic()
             try:
-                with self._inside(made.key):
-                    value = function(*args, **kwargs)
-                text = codec.dump(value, self.rules.max_payload)
+                if transactional:
+                    return self._take_in_transaction(made, take).output or "null"
+                text = take()
             except (*self.rules.control, *self.rules.timeouts):
                 raise
             except Exception as error:
@@ -136,6 +143,44 @@ class Context:
             else:
                 took = timedelta(seconds=time.monotonic() - began)
                 return self._write(replace(made, output=text, took=took)).output or "null"
+
+    def _take_in_transaction(self, made: Record, take: Callable[[], str]) -> Record:
+        """Take a step in the transaction that commits its record: both happen, or neither."""
+
+        def operation(conn: Connection) -> Record | None:
+            # The run is not locked while the step is taken: its lease must be renewed meanwhile. The fence is
+            # the record's own, at the end.
+            if not runs.is_held(conn, self.run_id, self.epoch):
+                return None
+            known = self._known(conn, made.key)
+            if known is not None and known.state is StepState.SUCCEEDED:
+                return known  # of a commit whose answer was lost
+            began = time.monotonic()
+            self.connection = conn
+            try:
+                text = take()
+            except Exception as error:
+                if conn.invalidated or conn.closed:
+                    raise
+                raise _StepRaised(error) from error
+            finally:
+                self.connection = None
+            record = replace(made, output=text, took=timedelta(seconds=time.monotonic() - began))
+            cancel = steps.append(conn, self.run_id, record, epoch=self.epoch, version=self.rules.version)
+            if cancel is None:
+                raise _StepRaised(None)
+            self._cancel_requested = cancel
+            return record
+
+        try:
+            written = self.database.patiently(operation, self.rules.is_draining, atomically=True)
+        except _StepRaised as raised:
+            if raised.error is not None:
+                raise raised.error from None
+            written = None
+        except StoreUnavailable:
+            written = None
+        return self._noted(written)
 
     def _back_off(self, failed: Record, delay: timedelta, error: Exception) -> None:
         failed = replace(failed, wake_in=delay.total_seconds())
@@ -272,6 +317,9 @@ class Context:
         except StoreUnavailable:
             logger.warning("run %s left as it is: the worker shuts down and the store does not answer", self.run_id)
             written = None
+        return self._noted(written)
+
+    def _noted(self, written: Record | None) -> Record:
         if written is None:
             self._stop(Lost())
             raise AssertionError("unreachable")
@@ -288,7 +336,18 @@ class Context:
         if not runs.is_held(conn, self.run_id, self.epoch):
             return None
         # Written before, by a repetition whose answer was lost or by an owner before us: that record counts.
-        return next((known for known in steps.load(conn, self.run_id) if known.key == record.key), None)
+        return self._known(conn, record.key)
+
+    def _known(self, conn: Connection, key: str) -> Record | None:
+        return next((known for known in steps.load(conn, self.run_id) if known.key == key), None)
+
+
+class _StepRaised(DurableError):
+    """Carries what a transactional step raised past the store; None when its record was refused."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 _current: ContextVar[Context | None] = ContextVar("celery_durable_context", default=None)

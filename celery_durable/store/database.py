@@ -110,6 +110,8 @@ class Database:
             return self._attempt(operation)
         except (DBAPIError, PoolTimeout, *_DRIVER_ERRORS) as error:
             translated = self._translated(error)
+            if translated is error:
+                raise
             if not isinstance(translated, StoreUnavailable):
                 raise translated from error
         self.close()  # a store that was restarted has left every idle connection stale, and not only this one
@@ -142,8 +144,14 @@ class Database:
             conn.close()
         return result
 
-    def patiently(self, operation: Callable[[Connection], T], give_up: Callable[[], bool] = lambda: False) -> T:
-        """Run `operation` like `once`, again and again while the store does not answer.
+    def patiently(
+        self,
+        operation: Callable[[Connection], T],
+        give_up: Callable[[], bool] = lambda: False,
+        *,
+        atomically: bool = False,
+    ) -> T:
+        """Run `operation` like `once`, or `atomically`, again and again while the store does not answer.
 
         Raises:
             StoreUnavailable: when the store does not answer and `give_up` says so.
@@ -151,7 +159,7 @@ class Database:
         pause = _FIRST_PAUSE
         while True:
             try:
-                return self.once(operation)
+                return self.atomically(operation) if atomically else self.once(operation)
             except StoreUnavailable:
                 if give_up():
                     raise

@@ -17,7 +17,7 @@ from celery_durable.states import MOVES, TERMINAL, RunState
 from celery_durable.store import steps
 from celery_durable.store.expressions import Instant, now
 from celery_durable.store.statements import Together, bind, per_dialect
-from celery_durable.store.tables import history, message, outcome, run, step
+from celery_durable.store.tables import history, idempotency, message, outcome, run, step
 
 _MOST_DOUBLINGS = 6
 
@@ -68,7 +68,8 @@ def _note(
 
 def _keep_message(insert: Any, *, first_only: bool) -> Callable[[FromClause], UpdateBase]:
     def make(moved: FromClause) -> UpdateBase:
-        columns = {name: bind(name) for name in ("envelope", "group_id", "parent_id", "root_id", "tags")}
+        names = ("envelope", "group_id", "parent_id", "root_id", "tags", "idempotency_key")
+        columns = {name: bind(name) for name in names}
         source = sa.select(moved.c.id, *columns.values()).where(moved.c.epoch == 1 if first_only else sa.true())
         statement: UpdateBase = insert(message).from_select(["run_id", *columns], source)
         return statement.on_conflict_do_nothing(index_elements=[message.c.run_id])  # type: ignore[attr-defined,no-any-return]
@@ -98,6 +99,34 @@ def start(insert: Any) -> Together:
     return Together(
         first.on_conflict_do_nothing(index_elements=[run.c.id]).returning(run.c.id),
         [_keep_message(insert, first_only=False)],
+    )
+
+
+@per_dialect
+def start_once(insert: Any) -> Together:
+    """Return the statement that stores a new run and its message unless its key is taken."""
+    taken = insert(idempotency).values(
+        key=bind("idempotency_key"),
+        run_id=_RUN_ID,
+        task=bind("task"),
+        fingerprint=bind("fingerprint"),
+        expires_at=_later("ttl"),
+    )
+    first = taken.on_conflict_do_update(
+        index_elements=[idempotency.c.key],
+        set_={name: taken.excluded[name] for name in ("run_id", "task", "fingerprint", "expires_at")},
+        where=idempotency.c.expires_at <= now(),
+    )
+
+    def keep_run(moved: FromClause) -> UpdateBase:
+        columns = {"task": bind("task"), "state": bind("state"), "due_at": _DUE, "queue": bind("queue")}
+        columns["version"] = bind("version")
+        source = sa.select(moved.c.id, *columns.values()).where(sa.true())
+        statement: UpdateBase = insert(run).from_select(["id", *columns], source)
+        return statement.on_conflict_do_nothing(index_elements=[run.c.id])  # type: ignore[attr-defined,no-any-return]
+
+    return Together(
+        first.returning(idempotency.c.run_id.label("id")), [keep_run, _keep_message(insert, first_only=False)]
     )
 
 

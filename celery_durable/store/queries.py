@@ -37,6 +37,7 @@ class Run:
     wake_at: datetime | None
     parent_id: str | None
     root_id: str | None
+    idempotency_key: str | None
     queue: str | None
     version: str | None
     worker: str | None
@@ -130,6 +131,7 @@ _RUNS = (
         message.c.parent_id,
         message.c.root_id,
         message.c.tags,
+        message.c.idempotency_key,
         outcome.c.result,
         outcome.c.error,
     )
@@ -161,6 +163,7 @@ def _run_of(row: Any) -> Run:
         wake_at=row.due_at if state in SUSPENDED else None,
         parent_id=row.parent_id,
         root_id=row.root_id,
+        idempotency_key=row.idempotency_key,
         queue=row.queue,
         version=row.version,
         worker=row.worker,

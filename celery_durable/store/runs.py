@@ -16,7 +16,7 @@ from celery_durable.store import moves, steps
 from celery_durable.store.expressions import now
 from celery_durable.store.statements import given
 from celery_durable.store.steps import Record
-from celery_durable.store.tables import history, message, outcome, run, step
+from celery_durable.store.tables import history, idempotency, message, outcome, run, step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,16 @@ class NewRun:
     parent_id: str | None = None
     root_id: str | None = None
     tags: str | None = None
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The run that was started earlier under an idempotency key, and with what."""
+
+    run_id: str
+    task: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +83,42 @@ def start(
         due_at: the same as an instant; it wins over `due_in`.
         delayed: whether the run waits for that time.
     """
-    parameters = _values_of(new) | {
+    return bool(moves.start(conn)(conn, _start_values(new, due_in, due_at, delayed=delayed)))
+
+
+def start_once(
+    conn: Connection,
+    new: NewRun,
+    *,
+    fingerprint: str,
+    ttl: timedelta,
+    due_in: timedelta,
+    due_at: datetime | None = None,
+    delayed: bool = False,
+) -> Known | None:
+    """Store a run like `start`, unless its idempotency key is taken.
+
+    Args:
+        fingerprint: of the input, so that another one under the same key is noticed.
+        ttl: how long the key stays taken.
+
+    Returns:
+        None for a new run, else what the key stands for.
+    """
+    values = _start_values(new, due_in, due_at, delayed=delayed)
+    values |= {"fingerprint": fingerprint, "ttl": ttl.total_seconds()}
+    if moves.start_once(conn)(conn, values):
+        return None
+    known = sa.select(idempotency.c.run_id, idempotency.c.task, idempotency.c.fingerprint)
+    return Known(*conn.execute(known.where(idempotency.c.key == new.idempotency_key)).one())
+
+
+def _start_values(new: NewRun, due_in: timedelta, due_at: datetime | None, *, delayed: bool) -> dict[str, Any]:
+    return _values_of(new) | {
         "state": RunState.DELAYED if delayed else RunState.PENDING,
         "due_in": due_in.total_seconds(),
         "due_at": due_at,
     }
-    return bool(moves.start(conn)(conn, parameters))
 
 
 def claim(conn: Connection, new: NewRun, *, worker: str, process: int, lease: timedelta) -> Claim | None:
@@ -110,6 +150,7 @@ def _values_of(new: NewRun) -> dict[str, Any]:
         "parent_id": new.parent_id,
         "root_id": new.root_id,
         "tags": new.tags,
+        "idempotency_key": new.idempotency_key,
     }
 
 
@@ -356,6 +397,7 @@ def prune(conn: Connection, *, keep: timedelta, most: int) -> int:
         for table in (step, history, message, outcome):
             conn.execute(sa.delete(table).where(table.c.run_id.in_(ids)))
         conn.execute(sa.delete(run).where(run.c.id.in_(ids)))
+    conn.execute(sa.delete(idempotency).where(idempotency.c.expires_at < now()))
     return len(ids)
 
 

@@ -1,4 +1,4 @@
-"""The schema: six tables.
+"""The schema: seven tables.
 
 `durable_run` is the only row that changes; it is narrow, and what is written once (the message, the
 outcome) lies beside it. `due_at` says when the sweeper must look at the run next, whatever its
@@ -63,7 +63,19 @@ message = Table(
     Column("parent_id", Text),
     Column("root_id", Text),
     Column("tags", Text),
+    Column("idempotency_key", Text),
 )
+
+idempotency = Table(
+    "durable_idempotency",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("run_id", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("expires_at", Instant, nullable=False),
+)
+Index("durable_idempotency_expires", idempotency.c.expires_at)
 
 outcome = Table(
     "durable_outcome",

@@ -319,7 +319,7 @@ class KeeperThread(threading.Thread):
             moved = sweep(self._app, self._runtime, self._sender(), trust_leases=trust)
         self.passes += 1
         # With N workers each makes every Nth pass, and whoever looked last knows what is due until the next.
-        turn = self._interval * outlook.workers * random.uniform(0.9, 1.0)
+        turn = self._interval * outlook.workers * random.uniform(1.0, 1.1)
         soon = turn if outlook.next_due is None else outlook.next_due
         if is_due:
             soon = _SHORTEST if moved else self._interval

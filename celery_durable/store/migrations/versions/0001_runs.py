@@ -35,7 +35,17 @@ def upgrade() -> None:
         sa.Column("parent_id", sa.Text),
         sa.Column("root_id", sa.Text),
         sa.Column("tags", sa.Text),
+        sa.Column("idempotency_key", sa.Text),
     )
+    op.create_table(
+        "durable_idempotency",
+        sa.Column("key", sa.Text, primary_key=True),
+        sa.Column("run_id", sa.Text, nullable=False),
+        sa.Column("task", sa.Text, nullable=False),
+        sa.Column("fingerprint", sa.Text, nullable=False),
+        sa.Column("expires_at", Instant, nullable=False),
+    )
+    op.create_index("durable_idempotency_expires", "durable_idempotency", ["expires_at"])
     op.create_table(
         "durable_outcome",
         sa.Column("run_id", sa.Text, primary_key=True),
@@ -113,6 +123,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.drop_table("durable_idempotency")
     op.drop_table("durable_worker")
     op.drop_table("durable_step")
     op.drop_table("durable_run")
