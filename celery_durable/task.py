@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import CodeType
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
@@ -133,7 +133,8 @@ class DurableTask(Task):  # type: ignore[misc]
         """Store a run and send its message; takes every option of Celery's `apply_async`.
 
         `countdown` and `eta` become a timer in the store. When the broker is away the call succeeds and the
-        message follows later.
+        message follows later. In the body of a durable task the start is recorded: it happens once, however
+        often the body is executed again.
 
         Args:
             idempotency_key: the same key gives the same run, however often it is started.
@@ -147,26 +148,43 @@ class DurableTask(Task):  # type: ignore[misc]
         """
         if self.app.conf.task_always_eager:
             return cast(RunHandle, super().apply_async(args, kwargs, task_id, producer, *positional, **options))
-        sent_args, sent_kwargs = self.parameters.dump(args or (), kwargs or {})
-        task_id = task_id or uuid()
         start = _start_time(self.app, eta) or timedelta(seconds=max(countdown or 0, 0))
-        options["headers"] = {**(options.get("headers") or {}), MARK: True}
+        storing = _Storing(self, start, tuple(tags), idempotency_key, idempotency_ttl)
+        arguments = self.parameters.dump(args or (), kwargs or {})
+        send = functools.partial(self._send, storing, arguments, producer, positional, options)
+        run = context.current()
+        if task_id is None and run is not None and run.step_key is None:
+            return self.AsyncResult(run.child(self.name, send))
+        return self.AsyncResult(send(task_id or uuid()))
+
+    def _send(
+        self,
+        storing: "_Storing",
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        producer: Producer | None,
+        positional: tuple[Any, ...],
+        options: dict[str, Any],
+        task_id: str,
+    ) -> str:
+        """Let Celery make the message, store the run with it and send it; return the id of the run."""
+        args, kwargs = arguments
+        options = {**options, "headers": {**(options.get("headers") or {}), MARK: True}}
         with self.app.producer_or_acquire(producer) as sender:
-            if near := _is_near(sender, start, self.runtime.settings.eta_horizon):
-                options["countdown"] = _seconds_to(start) + _AFTER_DUE
-            storing = _Storing(self, task_id, start, tuple(tags), idempotency_key, idempotency_ttl, send_ahead=near)
+            if _is_near(sender, storing.start, self.runtime.settings.eta_horizon):
+                options["countdown"] = _seconds_to(storing.start) + _AFTER_DUE
+            known: list[str] = []
+
+            def store(envelope: Envelope) -> bool:
+                known.append(storing.store(task_id, fingerprint(args, kwargs), envelope))
+                return known == [task_id] and (not storing.is_delayed or "countdown" in options)
+
             try:
-                handle = super().apply_async(
-                    sent_args,
-                    sent_kwargs,
-                    task_id,
-                    StoringProducer(sender, task_id, functools.partial(storing.store, sent_args, sent_kwargs)),
-                    *positional,
-                    **options,
+                super().apply_async(
+                    args, kwargs, task_id, StoringProducer(sender, task_id, store), *positional, **options
                 )
             except OperationalError as error:  # Celery takes ours for the broker's where it can
                 raise error.__cause__ if isinstance(error.__cause__, DurableError) else error from error.__cause__
-        return cast(RunHandle, handle if storing.run_id == task_id else self.AsyncResult(storing.run_id))
+        return known[0] or task_id
 
     def AsyncResult(self, task_id: str, **options: Any) -> RunHandle:
         """Return the handle of a run of this task."""
@@ -215,24 +233,31 @@ class DurableTask(Task):  # type: ignore[misc]
         return super().on_replace(sig)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Storing:
-    """One start on its way into the store; `run_id` is another one where the idempotency key is taken."""
+    """How a start goes into the store."""
 
     task: DurableTask
-    run_id: str
     start: datetime | timedelta
     tags: tuple[str, ...]
     key: str | None
     ttl: float | timedelta | None
-    send_ahead: bool = field(kw_only=True)
 
-    def store(self, args: Any, kwargs: Any, envelope: Envelope) -> bool:
-        """Store the run; return whether its message is to be sent now."""
+    @property
+    def is_delayed(self) -> bool:
+        """Whether the run starts later."""
+        return self.start != timedelta()
+
+    def store(self, run_id: str, print_: str, envelope: Envelope) -> str:
+        """Store the run.
+
+        Returns:
+            Its id; another one where the idempotency key is taken, none where the id is.
+        """
         task, runtime = self.task, self.task.runtime
         checked(envelope.body, f"the input of {task.name}", runtime.settings.max_payload)
         new = NewRun(
-            id=self.run_id,
+            id=run_id,
             task=task.name,
             envelope=envelope.to_text(),
             queue=envelope.queue or envelope.routing_key,
@@ -243,30 +268,27 @@ class _Storing:
             tags=json.dumps(self.tags) if self.tags else None,
             idempotency_key=self.key,
         )
-        is_delayed = self.start != timedelta()
-        when: dict[str, Any] = {
-            "due_in": self.start if _is_length(self.start) and is_delayed else runtime.settings.sweep_interval,
-            "due_at": None if _is_length(self.start) else self.start,
-            "delayed": is_delayed,
-        }
-        if self.key is None:
-            is_new = runtime.execute(lambda conn: runs.start(conn, new, **when))
-        else:
-            is_new = self._store_once(new, fingerprint(args, kwargs), when)
-        return is_new and (self.send_ahead or not is_delayed)
+        if self.key is not None:
+            return self._store_once(new, print_)
+        return run_id if runtime.execute(lambda conn: runs.start(conn, new, **self._when())) else ""
 
-    def _store_once(self, new: NewRun, print_: str, when: dict[str, Any]) -> bool:
+    def _store_once(self, new: NewRun, print_: str) -> str:
         runtime = self.task.runtime
         given = self.ttl if self.ttl is not None else runtime.settings.idempotency_ttl
         ttl = given if isinstance(given, timedelta) else timedelta(seconds=given)
-        known = runtime.execute(lambda conn: runs.start_once(conn, new, fingerprint=print_, ttl=ttl, **when))
+        known = runtime.execute(lambda conn: runs.start_once(conn, new, fingerprint=print_, ttl=ttl, **self._when()))
         if known is None:
-            return True
+            return new.id
         if (known.task, known.fingerprint) != (new.task, print_):
             other = "another input" if known.task == new.task else f"the task {known.task}"
             raise ConflictError(f"idempotency key {self.key!r} was used for {other}, by run {known.run_id}")
-        self.run_id = known.run_id
-        return False
+        return known.run_id
+
+    def _when(self) -> dict[str, Any]:
+        if isinstance(self.start, datetime):
+            return {"due_in": timedelta(), "due_at": self.start, "delayed": True}
+        interval = self.task.runtime.settings.sweep_interval
+        return {"due_in": self.start or interval, "delayed": self.is_delayed}
 
 
 class _Deferred(TaskSignature):  # type: ignore[misc]
@@ -396,10 +418,6 @@ def _is_near(producer: Producer, start: datetime | timedelta, horizon: timedelta
     RabbitMQ hands such messages out a few a second and holds back what is queued behind them.
     """
     return 0 < _seconds_to(start) <= horizon.total_seconds() and producer.connection.transport.driver_type != "amqp"
-
-
-def _is_length(start: datetime | timedelta) -> bool:
-    return isinstance(start, timedelta)
 
 
 def _seconds_to(start: datetime | timedelta) -> float:

@@ -5,6 +5,7 @@ call, in a `finally` block say, unwinds the body again.
 """
 
 import contextlib
+import json
 import logging
 import time
 import uuid
@@ -207,6 +208,30 @@ class Context:
             )
             record = self._write(made)
         return codec.load(record.output or "null")
+
+    def child(self, task: str, start: Callable[[str], str]) -> str:
+        """Return the id of the run that was started here, or start it and record that.
+
+        Args:
+            start: starts the run under the id that it is given and returns the run's id. The id is made of
+                the place, so that a start whose record was lost is found when it is repeated.
+        """
+        key, record = self._arrive(task, "child", "celery_durable", None)
+        if record is None:
+            self._stop_if_draining()
+            child_id = start(str(uuid.uuid5(_NAMESPACE, f"{self.run_id}/{key}")))
+            made = Record(
+                key=key,
+                seq=self.journal.next_seq(),
+                name=task,
+                kind="child",
+                state=StepState.SUCCEEDED,
+                run_attempt=self.attempt,
+                output=json.dumps(child_id),
+            )
+            record = self._write(made)
+        found: str = json.loads(record.output or "null")
+        return found
 
     def sleep(self, *, seconds: float | None = None, until: datetime | None = None, why: str) -> None:
         """Go on when the time has come; the first call fixes it."""

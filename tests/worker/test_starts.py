@@ -8,14 +8,17 @@ import pytest
 from celery import Celery
 from celery.contrib.testing.worker import start_worker
 
-from celery_durable import Abort, ConflictError, Durable, DurableTask, RetryPolicy
+from celery_durable import Abort, ConflictError, Durable, DurableTask, RetryPolicy, sleep
+from celery_durable.messages import dispatch
 
 
 @pytest.fixture
 def app(tmp_path: Path) -> Iterator[Celery]:
     """An app without a result backend; its messages stay in memory, its runs in SQLite."""
     made = Celery("starts", broker="memory://", set_as_current=False)
-    durable = Durable(made, store_url=f"sqlite:///{tmp_path / 'store.db'}", retry=RetryPolicy.none())
+    made.conf.task_default_queue = tmp_path.name  # all of a process share one memory
+    store = f"sqlite:///{tmp_path / 'store.db'}"
+    durable = Durable(made, store_url=store, retry=RetryPolicy.none(), inline_delay=0, sweep_interval=0.2)
     durable.migrate()
     yield made
     durable.runtime.database.close()
@@ -86,3 +89,44 @@ def test_a_failure_is_raised_without_a_result_backend(app: Celery, doubled: Any)
 def test_waiting_without_a_result_backend_ends_at_its_timeout(doubled: Any) -> None:
     with pytest.raises(TimeoutError, match="is pending"):
         doubled.delay(1).get(timeout=0.1, interval=0.02)
+
+
+def test_a_run_that_a_body_starts_is_started_once_however_often_the_body_is_executed(app: Celery, doubled: Any) -> None:
+    @app.task(base=DurableTask, shared=False, name="starts.parent")
+    def parent() -> list[str]:
+        first = doubled.delay(1)
+        sleep(0.05)
+        second = doubled.apply_async((2,), tags=["second"])
+        sleep(0.05)
+        return [first.id, second.id]
+
+    with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=30):
+        handle = parent.delay()
+        ids = handle.get(timeout=20, interval=0.02)
+
+    children = [run for run in app.durable.runs.list() if run.task == "starts.doubled"]
+    assert sorted(run.id for run in children) == sorted(ids)
+    assert [record.key for record in handle.steps] == ["starts.doubled", "sleep", "starts.doubled#2", "sleep#2"]
+    assert len([move for move in handle.history if move.what == "claim"]) == 3
+
+
+def test_a_child_whose_record_was_lost_is_not_started_again(app: Celery, doubled: Any) -> None:
+    @app.task(base=DurableTask, shared=False, name="starts.parent")
+    def parent() -> str:
+        return str(doubled.delay(1).id)
+
+    with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=30):
+        handle = parent.delay()
+        first = handle.get(timeout=20, interval=0.02)
+    database = app.durable.runtime.database
+    for statement in (
+        "DELETE FROM durable_step",
+        "UPDATE durable_run SET state = 'pending' WHERE task = 'starts.parent'",
+    ):
+        database.once(lambda conn, statement=statement: conn.exec_driver_sql(statement))
+    with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=30):
+        dispatch.send_stored(app, app.durable.runtime, [handle.id])
+        again = handle.get(timeout=20, interval=0.02)
+
+    assert again == first
+    assert len(app.durable.runs.list()) == 2
