@@ -18,7 +18,7 @@ WAL = "SELECT pg_current_wal_lsn() - '0/0'::pg_lsn"
 
 
 def measure(setting: Setting) -> list[Result]:
-    rounds, count = (3, 500) if setting.is_quick else (7, 10_000)
+    rounds, count = (3, 500) if setting.is_quick else (7, 2_000)
     text = json.dumps(project.PAYLOAD)
     with psycopg.connect(servers.plain(setting.store), autocommit=True) as conn:
         conn.execute(CREATE)
