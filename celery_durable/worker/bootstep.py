@@ -231,10 +231,8 @@ class KeeperThread(threading.Thread):
 
     def _wait(self) -> None:
         now = time.monotonic()
-        until = self._next_pass - now
-        if request.held():
-            until = min(until, self._next_renewal - now, _LOOK_AT_PROCESSES)
-        until = min(until, self._next_delivery - now)
+        # Never for long, and without asking the store: nobody says when a process begins a run, or dies.
+        until = min(self._next_pass - now, self._next_delivery - now, _LOOK_AT_PROCESSES)
         self._take_notes(block=0.0 if self._notes else max(until, 0.0))
 
     def _take_notes(self, *, block: float) -> None:
