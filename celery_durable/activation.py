@@ -23,11 +23,12 @@ from celery_durable.engine.outcome import Cancelled, Completed, Failed, Lost, Ou
 from celery_durable.engine.runner import execute
 from celery_durable.errors import StoreUnavailable, Waiting
 from celery_durable.messages import dispatch
-from celery_durable.messages.envelope import Envelope
+from celery_durable.messages.envelope import MARK, Envelope
 from celery_durable.retry import RetryPolicy
 from celery_durable.runtime import Runtime
 from celery_durable.states import TERMINAL, RunState, StepState
 from celery_durable.store import runs
+from celery_durable.store.database import Connection
 from celery_durable.store.runs import Claim, NewRun
 from celery_durable.store.steps import Record
 from celery_durable.worker.request import CAPTURED
@@ -116,7 +117,9 @@ def run_eagerly(task: Task, request: Any, args: Any, kwargs: Any) -> Any:
     )
     while True:
         claim = database.once(
-            lambda conn: runs.claim(conn, new, worker=task.runtime.worker, process=os.getpid(), lease=timedelta(days=1))
+            lambda conn: runs.claim_or_store(
+                conn, new, worker=task.runtime.worker, process=os.getpid(), lease=timedelta(days=1)
+            )
         )
         if claim is None:
             raise Ignore(f"run {request.id} is not pending")
@@ -134,9 +137,26 @@ def run_eagerly(task: Task, request: Any, args: Any, kwargs: Any) -> Any:
 
 def _claim(task: Task, request: Any) -> Claim | None:
     runtime = task.runtime
-    captured = request.properties[CAPTURED]
-    envelope = Envelope.of_request(captured, request)
-    new = NewRun(
+    owner: dict[str, Any] = {"worker": runtime.worker, "process": os.getpid(), "lease": runtime.settings.lease}
+
+    def claim(conn: Connection) -> Claim | None:
+        claimed = runs.claim(conn, request.id, version=task.code_version, **owner) if is_stored else None
+        # A marked message whose run is gone: its task has replaced itself and died before it said so.
+        if claimed is None and not (is_stored and runs.exists(conn, request.id)):
+            claimed = runs.claim_or_store(conn, _as_received(task, request), **owner)
+        return claimed
+
+    is_stored = bool(request.properties[CAPTURED]["headers"].get(MARK))
+    try:
+        return runtime.database.patiently(claim, runtime.is_draining)
+    except StoreUnavailable as error:
+        raise Reject(str(error), requeue=True) from error
+
+
+def _as_received(task: Task, request: Any) -> NewRun:
+    """Return the run of a message that nobody stored."""
+    envelope = Envelope.of_request(request.properties[CAPTURED], request)
+    return NewRun(
         id=request.id,
         task=task.name,
         envelope=envelope.to_text(),
@@ -146,15 +166,6 @@ def _claim(task: Task, request: Any) -> Claim | None:
         parent_id=request.parent_id,
         root_id=request.root_id,
     )
-    try:
-        return runtime.database.patiently(
-            lambda conn: runs.claim(
-                conn, new, worker=runtime.worker, process=os.getpid(), lease=runtime.settings.lease
-            ),
-            runtime.is_draining,
-        )
-    except StoreUnavailable as error:
-        raise Reject(str(error), requeue=True) from error
 
 
 def _body(task: Task, args: Any, kwargs: Any) -> Callable[[], Any]:

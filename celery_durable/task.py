@@ -29,12 +29,11 @@ from celery_durable.engine.outcome import Lost, Suspended
 from celery_durable.errors import ConflictError, DurableError, UsageError
 from celery_durable.handle import RunHandle
 from celery_durable.messages.dispatch import StoringProducer
-from celery_durable.messages.envelope import Envelope
+from celery_durable.messages.envelope import MARK, Envelope
 from celery_durable.retry import RetryPolicy
 from celery_durable.runtime import Runtime
 from celery_durable.store import runs
 from celery_durable.store.runs import NewRun
-from celery_durable.worker.control import MARK
 
 OnDivergence = Literal["ignore", "warn", "fail"]
 

@@ -99,7 +99,7 @@ def make_run(
 
 def take(database: Database, made: Made, *, worker: str = WORKER) -> Claim | None:
     """Claim a run for `worker`."""
-    return database.once(lambda conn: runs.claim(conn, made.new, worker=worker, process=PROCESS, lease=LEASE))
+    return database.once(lambda conn: runs.claim_or_store(conn, made.new, worker=worker, process=PROCESS, lease=LEASE))
 
 
 def append(database: Database, made: Made, record: Record) -> bool | None:

@@ -12,6 +12,8 @@ from typing import Any, Self
 from kombu import serialization
 from kombu.utils import json
 
+#: The header that marks the message of a stored run.
+MARK = "durable"
 #: Headers that belong to one publishing: repeated, they would delay, revoke or garble the next one.
 _ONCE = frozenset({"eta", "expires", "compression", "redelivered"})
 #: Headers that brokers add; they hold values that are no JSON.

@@ -130,14 +130,53 @@ def start_once(insert: Any) -> Together:
     )
 
 
-@per_dialect
-def claim(insert: Any) -> Together:
-    """Return the statement of a claim; it stores the run first where its producer did not."""
-    is_ready = sa.and_(
-        run.c.state.in_(MOVES["claim"].sources), sa.or_(run.c.state != RunState.DELAYED, run.c.due_at <= now())
-    )
-    is_undelivered = sa.and_(run.c.state.in_(TERMINAL), run.c.due_at.is_not(None), run.c.worker.is_(None))
+_IS_READY = sa.and_(
+    run.c.state.in_(MOVES["claim"].sources), sa.or_(run.c.state != RunState.DELAYED, run.c.due_at <= now())
+)
+_IS_CLAIMABLE = sa.or_(_IS_READY, sa.and_(run.c.state.in_(TERMINAL), run.c.due_at.is_not(None), run.c.worker.is_(None)))
+
+
+def _claimed() -> dict[str, Any]:
+    """Return what a claim changes; one in a terminal state is claimed to deliver its outcome."""
+    return {
+        "state": sa.case((_IS_READY, RunState.RUNNING), else_=run.c.state),
+        "epoch": run.c.epoch + 1,
+        "due_at": _later("lease"),
+        "worker": bind("worker"),
+        "process": bind("process", sa.Integer),
+        "version": sa.case((_IS_READY, bind("version")), else_=run.c.version),
+        "started_at": sa.func.coalesce(run.c.started_at, now()),
+        "sends": 0,
+        "wait": None,
+    }
+
+
+def _returned() -> list[Any]:
     seen = run.alias("seen")
+    return [
+        run.c.id,
+        run.c.epoch,
+        run.c.state,
+        run.c.attempt,
+        run.c.first_attempt,
+        run.c.cancel_requested,
+        sa.select(seen.c.epoch).where(seen.c.id == _RUN_ID).scalar_subquery().label("seen_epoch"),
+        sa.select(seen.c.state).where(seen.c.id == _RUN_ID).scalar_subquery().label("seen_state"),
+        steps.all_as_json().label("records"),
+    ]
+
+
+_NOTE_CLAIM = _note("claim", who=bind("worker"), version=bind("version"))
+
+CLAIM = Together(
+    sa.update(run).where(run.c.id == _RUN_ID, _IS_CLAIMABLE).values(**_claimed()).returning(*_returned()),
+    [_NOTE_CLAIM],
+)
+
+
+@per_dialect
+def claim_or_store(insert: Any) -> Together:
+    """Return the statement of a claim that stores the run first where its producer did not."""
     inserted = insert(run).values(
         id=_RUN_ID,
         task=bind("task"),
@@ -150,34 +189,8 @@ def claim(insert: Any) -> Together:
         version=bind("version"),
         started_at=now(),
     )
-    excluded = inserted.excluded
-    claimed = inserted.on_conflict_do_update(
-        index_elements=[run.c.id],
-        set_={
-            "state": sa.case((is_ready, RunState.RUNNING), else_=run.c.state),
-            "epoch": run.c.epoch + 1,
-            "due_at": excluded.due_at,
-            "worker": excluded.worker,
-            "process": excluded.process,
-            "version": sa.case((is_ready, excluded.version), else_=run.c.version),
-            "started_at": sa.func.coalesce(run.c.started_at, excluded.started_at),
-            "sends": 0,
-            "wait": None,
-        },
-        where=sa.or_(is_ready, is_undelivered),
-    ).returning(
-        run.c.id,
-        run.c.epoch,
-        run.c.state,
-        run.c.attempt,
-        run.c.first_attempt,
-        run.c.cancel_requested,
-        sa.select(seen.c.epoch).where(seen.c.id == _RUN_ID).scalar_subquery().label("seen_epoch"),
-        sa.select(seen.c.state).where(seen.c.id == _RUN_ID).scalar_subquery().label("seen_state"),
-        steps.all_as_json().label("records"),
-    )
-    note = _note("claim", who=bind("worker"), version=bind("version"))
-    return Together(claimed, [_keep_message(insert, first_only=True), note])
+    claimed = inserted.on_conflict_do_update(index_elements=[run.c.id], set_=_claimed(), where=_IS_CLAIMABLE)
+    return Together(claimed.returning(*_returned()), [_keep_message(insert, first_only=True), _NOTE_CLAIM])
 
 
 @per_dialect

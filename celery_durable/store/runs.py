@@ -121,21 +121,42 @@ def _start_values(new: NewRun, due_in: timedelta, due_at: datetime | None, *, de
     }
 
 
-def claim(conn: Connection, new: NewRun, *, worker: str, process: int, lease: timedelta) -> Claim | None:
+def claim(
+    conn: Connection, run_id: str, *, worker: str, process: int, lease: timedelta, version: str | None
+) -> Claim | None:
+    """Take a stored run whose message has come; one statement.
+
+    Returns:
+        The run with all its records, or None when it is not pending, or not stored.
+    """
+    parameters = {
+        "run_id": run_id,
+        "worker": worker,
+        "process": process,
+        "lease": lease.total_seconds(),
+        "version": version,
+    }
+    return _claim_of(conn, run_id, moves.CLAIM(conn, parameters))
+
+
+def claim_or_store(conn: Connection, new: NewRun, *, worker: str, process: int, lease: timedelta) -> Claim | None:
     """Take a run whose message has come, storing it first where its producer did not; one statement.
 
     Returns:
         The run with all its records, or None when the message is stale: the run is not pending.
     """
     parameters = _values_of(new) | {"worker": worker, "process": process, "lease": lease.total_seconds()}
-    rows = moves.claim(conn)(conn, parameters)
+    return _claim_of(conn, new.id, moves.claim_or_store(conn)(conn, parameters))
+
+
+def _claim_of(conn: Connection, run_id: str, rows: Sequence[Any]) -> Claim | None:
     if not rows:
         return None
     row = rows[0]
     # The records were read by the statement's snapshot. When the row had moved on since that snapshot was
     # taken, a record committed in between may be missing from it.
     is_current = row.epoch == 1 or (row.seen_epoch == row.epoch - 1 and row.seen_state != RunState.RUNNING)
-    records = steps.from_json(row.records) if is_current else steps.load(conn, new.id)
+    records = steps.from_json(row.records) if is_current else steps.load(conn, run_id)
     return Claim(row.epoch, RunState(row.state), row.attempt, row.first_attempt, bool(row.cancel_requested), records)
 
 
@@ -239,6 +260,11 @@ def outcome_of(conn: Connection, run_id: str) -> tuple[str | None, str | None]:
     """Return the stored result and error of a run."""
     row = conn.execute(sa.select(outcome.c.result, outcome.c.error).where(outcome.c.run_id == run_id)).first()
     return (row.result, row.error) if row is not None else (None, None)
+
+
+def exists(conn: Connection, run_id: str) -> bool:
+    """Return whether there is a run of this id."""
+    return conn.execute(sa.select(run.c.id).where(run.c.id == run_id)).first() is not None
 
 
 def is_held(conn: Connection, run_id: str, epoch: int) -> bool:

@@ -12,12 +12,10 @@ from celery import bootsteps, signals
 from celery.utils.functional import maybe_list
 from celery.worker.control import Panel
 
+from celery_durable.messages.envelope import MARK
 from celery_durable.worker.request import Deferred, DurableRequest, RevokeAsked, Revoked, notes
 
 logger = logging.getLogger(__name__)
-
-#: The header that marks the message of a stored run.
-MARK = "durable"
 
 
 def install() -> None:

@@ -66,7 +66,7 @@ def counter(store: Database, postgres_log: StatementLog) -> Counter:
 
 
 def context_of(store: Database, made: Made, *, records: int = 0) -> Context:
-    claim = store.once(lambda conn: runs.claim(conn, made.new, worker="w1", process=1, lease=LEASE))
+    claim = store.once(lambda conn: runs.claim_or_store(conn, made.new, worker="w1", process=1, lease=LEASE))
     assert claim is not None
     assert len(claim.records) == records
     rules = Rules(

@@ -73,8 +73,13 @@ def live(database: Database, count: int) -> Scene:
 #: The hot statements, each as the function that sends it.
 HOT: dict[str, Callable[[Connection, Scene], object]] = {
     "start": lambda conn, scene: runs.start(conn, new_run(), due_in=RESEND),
-    "claim": lambda conn, scene: runs.claim(conn, scene.pending[0].new, worker=WORKER, process=PROCESS, lease=LEASE),
-    "claim of an unknown run": lambda conn, scene: runs.claim(
+    "claim": lambda conn, scene: runs.claim(
+        conn, scene.pending[0].id, worker=WORKER, process=PROCESS, lease=LEASE, version="v1"
+    ),
+    "claim of a run that may be unknown": lambda conn, scene: runs.claim_or_store(
+        conn, scene.pending[1].new, worker=WORKER, process=PROCESS, lease=LEASE
+    ),
+    "claim of an unknown run": lambda conn, scene: runs.claim_or_store(
         conn, new_run(), worker=WORKER, process=PROCESS, lease=LEASE
     ),
     "append": lambda conn, scene: steps.append(conn, scene.running[0].id, make_record(), epoch=1, version="v1"),

@@ -17,7 +17,7 @@ from celery_durable.states import LIVE, MOVES, SUSPENDED, TERMINAL, RunState
 from celery_durable.store import queries, runs, steps
 from celery_durable.store.database import Connection, Database
 from celery_durable.store.expressions import now
-from celery_durable.store.runs import Due
+from celery_durable.store.runs import Claim, Due
 from celery_durable.store.tables import message, outcome, run, step
 from celery_durable.worker.sweeper import sweep
 from tests.factory import (
@@ -248,6 +248,40 @@ def test_a_claim_raises_the_epoch_and_names_its_owner(database: Database) -> Non
     assert row.started_at is not None
 
 
+def test_a_stored_run_is_claimed_with_its_records(database: Database) -> None:
+    made = make_run(database, state=RunState.WAITING, records=[make_record("charge")])
+    advance(database, timedelta(days=1))
+    wake(database, made)
+
+    claim = claim_stored(database, made.id)
+
+    assert claim is not None
+    assert (claim.epoch, claim.state) == (made.epoch + 1, RunState.RUNNING)
+    assert [record.key for record in claim.records] == ["charge"]
+    assert (row_of(database, made).version, notes_of(database, made)[-1][:2]) == ("v2", ("claim", WORKER))
+
+
+@each_state
+def test_a_stored_run_is_claimed_from_the_sources_of_a_claim_only(database: Database, state: RunState) -> None:
+    made = make_run(database, state=state)
+    advance(database, timedelta(days=1))
+
+    claim = claim_stored(database, made.id)
+
+    assert (claim is not None) == (state in MOVES["claim"].sources)
+
+
+def test_a_claim_of_a_stored_run_stores_none(database: Database) -> None:
+    assert claim_stored(database, "nobody") is None
+    assert not database.once(lambda conn: runs.exists(conn, "nobody"))
+
+
+def claim_stored(database: Database, run_id: str) -> Claim | None:
+    return database.once(
+        lambda conn: runs.claim(conn, run_id, worker=WORKER, process=PROCESS, lease=LEASE, version="v2")
+    )
+
+
 def test_a_run_that_no_producer_stored_is_stored_by_its_claim(database: Database) -> None:
     made = Made("sent-before-the-upgrade", 0, new_run("sent-before-the-upgrade", tags='["vip"]'))
 
@@ -396,7 +430,7 @@ def test_a_claim_that_waited_for_another_claim_is_refused(postgres: Database) ->
 
     first, second = meanwhile(
         postgres,
-        lambda conn: runs.claim(conn, made.new, worker="w1", process=1, lease=LEASE),
+        lambda conn: runs.claim_or_store(conn, made.new, worker="w1", process=1, lease=LEASE),
         lambda: take(postgres, made, worker="w2"),
     )
 

@@ -170,7 +170,7 @@ class Store:
         )
         new = NewRun(id=run_id, task="made up", envelope="{}")
         while True:
-            claim = self.database.once(lambda conn: runs.claim(conn, new, worker="w", process=1, lease=HOUR))
+            claim = self.database.once(lambda conn: runs.claim_or_store(conn, new, worker="w", process=1, lease=HOUR))
             assert claim is not None
             context = Context(self.database, run_id, "made up", claim, rules)
             outcome = execute(context, world.body, Codec("the result", inspect.Parameter.empty))
