@@ -28,7 +28,7 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("page", "expected"),
     [
         ("index", "Durable execution"),
-        ("quickstart", "kill -9"),
+        ("quickstart", "celery_durable"),
         ("explanation/how-it-works", "<svg"),
         ("reference/settings", "durable_lease"),
         ("reference/api", "durable_task"),
