@@ -169,19 +169,14 @@ class Context:
             record = replace(made, output=text, took=timedelta(seconds=time.monotonic() - began))
             cancel = steps.append(conn, self.run_id, record, epoch=self.epoch, version=self.rules.version)
             if cancel is None:
-                raise _StepRaised(None)
+                raise _RecordRefused
             self._cancel_requested = cancel
             return record
 
         try:
-            written = self.database.patiently(operation, self.rules.is_draining, atomically=True)
+            return self._committed(operation, atomically=True)
         except _StepRaised as raised:
-            if raised.error is not None:
-                raise raised.error from None
-            written = None
-        except StoreUnavailable:
-            written = None
-        return self._noted(written)
+            raise raised.error from None
 
     def _back_off(self, failed: Record, delay: timedelta, error: Exception) -> None:
         failed = replace(failed, wake_in=delay.total_seconds())
@@ -194,20 +189,11 @@ class Context:
 
     def value(self, name: str, produce: Callable[[], Any], codec: Codec, *, is_gate: bool = False) -> Any:
         """Return the recorded value of `name`, or produce and record it."""
-        key, record = self._arrive(name, "value", "celery_durable", None, is_gate=is_gate)
-        if record is None:
-            self._stop_if_draining()
-            made = Record(
-                key=key,
-                seq=self.journal.next_seq(),
-                name=name,
-                kind="value",
-                state=StepState.SUCCEEDED,
-                run_attempt=self.attempt,
-                output=codec.dump(produce(), self.rules.max_payload),
-            )
-            record = self._write(made)
-        return codec.load(record.output or "null")
+
+        def text(key: str) -> str:
+            return codec.dump(produce(), self.rules.max_payload)
+
+        return codec.load(self._recorded(name, "value", text, is_gate=is_gate))
 
     def child(self, task: str, start: Callable[[str], str]) -> str:
         """Return the id of the run that was started here, or start it and record that.
@@ -216,22 +202,30 @@ class Context:
             start: starts the run under the id that it is given and returns the run's id. The id is made of
                 the place, so that a start whose record was lost is found when it is repeated.
         """
-        key, record = self._arrive(task, "child", "celery_durable", None)
+
+        def text(key: str) -> str:
+            return json.dumps(start(str(uuid.uuid5(_NAMESPACE, f"{self.run_id}/{key}"))))
+
+        child_id: str = json.loads(self._recorded(task, "child", text))
+        return child_id
+
+    def _recorded(self, name: str, kind: str, produce: Callable[[str], str], *, is_gate: bool = False) -> str:
+        """Return the text that is recorded here, or produce it for its key and record it."""
+        key, record = self._arrive(name, kind, "celery_durable", None, is_gate=is_gate)
         if record is None:
             self._stop_if_draining()
-            child_id = start(str(uuid.uuid5(_NAMESPACE, f"{self.run_id}/{key}")))
+            text = produce(key)
             made = Record(
                 key=key,
                 seq=self.journal.next_seq(),
-                name=task,
-                kind="child",
+                name=name,
+                kind=kind,
                 state=StepState.SUCCEEDED,
                 run_attempt=self.attempt,
-                output=json.dumps(child_id),
+                output=text,
             )
             record = self._write(made)
-        found: str = json.loads(record.output or "null")
-        return found
+        return record.output or "null"
 
     def sleep(self, *, seconds: float | None = None, until: datetime | None = None, why: str) -> None:
         """Go on when the time has come; the first call fixes it."""
@@ -337,14 +331,17 @@ class Context:
 
     def _write(self, record: Record) -> Record:
         """Write a record under this epoch, or end the activation if it is no longer ours."""
+        return self._committed(lambda conn: self._append(conn, record))
+
+    def _committed(self, operation: Callable[[Connection], Record | None], *, atomically: bool = False) -> Record:
+        """Return the record that an operation has committed, or end the activation where it has committed none."""
         try:
-            written = self.database.patiently(lambda conn: self._append(conn, record), self.rules.is_draining)
+            written = self.database.patiently(operation, self.rules.is_draining, atomically=atomically)
         except StoreUnavailable:
             logger.warning("run %s left as it is: the worker shuts down and the store does not answer", self.run_id)
             written = None
-        return self._noted(written)
-
-    def _noted(self, written: Record | None) -> Record:
+        except _RecordRefused:
+            written = None
         if written is None:
             self._stop(Lost())
             raise AssertionError("unreachable")
@@ -368,11 +365,15 @@ class Context:
 
 
 class _StepRaised(DurableError):
-    """Carries what a transactional step raised past the store; None when its record was refused."""
+    """Carries what a transactional step raised past the store."""
 
-    def __init__(self, error: Exception | None) -> None:
+    def __init__(self, error: Exception) -> None:
         super().__init__(error)
         self.error = error
+
+
+class _RecordRefused(DurableError):
+    """Rolls back a transactional step whose record was refused."""
 
 
 _current: ContextVar[Context | None] = ContextVar("celery_durable_context", default=None)
